@@ -1,0 +1,230 @@
+"""End-to-end oracle: what the server computed, recomputed by transformers over a fake-quantized cache.
+
+A lone request is decoded greedily by a real server with output log-probabilities. The same tokens then go
+through the transformers model whose cache holds, page by page and forward by forward, what
+``kernels/reference`` says the pool would hand a reader. It computes in fp32 (a bf16 cache would round
+dequantized values as coarsely as 8-bit codes do), and its 16-bit rows are rounded to bf16 as the server stores
+them. Which page had which width at which forward comes from a ledger of our own that is fed the same events:
+decisions are a pure function of them. With 16 bits everywhere the difference is bf16 noise, the yardstick for
+the other rows.
+
+    python -m benchmarks.oracle --problems 20 --out benchmarks/results/oracle.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.pressure import problem_set, prompt_ids, versions
+from benchmarks.serving import REASONER, Server, serve
+from sglang_pmkvq.config import Protection, choose_geometry, limits_for, page_shape, parse_final_bits, parse_size
+from sglang_pmkvq.formats import K, PoolGeometry, V, groups_from_finals
+from sglang_pmkvq.kernels.reference.codes import fake_quantize
+from sglang_pmkvq.ledger import Ledger, PolicyConfig
+
+PAGE = 16
+RUNNING = 2
+CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """One server configuration: final widths, policy, window, and pool bytes."""
+
+    name: str
+    final: str
+    policy: str
+    window: int
+    pool: str
+
+    def args(self) -> list[str]:
+        return [
+            "--pmkvq-final-bits", self.final, "--pmkvq-policy", self.policy, "--pmkvq-window", str(self.window),
+            "--pmkvq-sink-tokens", "0", "--pmkvq-pool-bytes", self.pool, "--page-size", str(PAGE),
+            "--max-running-requests", str(RUNNING), "--chunked-prefill-size", str(CHUNK), "--disable-radix-cache",
+        ]  # fmt: skip
+
+    def geometry(self, model: Any) -> PoolGeometry:
+        """The pool that the server builds from these flags."""
+        config = model.config
+        shape = page_shape(PAGE, config.num_key_value_heads, config.head_dim, None)
+        groups = groups_from_finals(parse_final_bits(self.final, config.num_hidden_layers))
+        limits = limits_for(RUNNING, CHUNK, PAGE, Protection(self.window, 0, False))
+        return choose_geometry(shape, groups, parse_size(self.pool), limits)
+
+    def ledger(self, geometry: PoolGeometry) -> Ledger:
+        policy = PolicyConfig(policy=self.policy, window_tokens=self.window, sink_tokens=0)  # type: ignore[arg-type]
+        return Ledger(geometry, policy, RUNNING)
+
+
+CASES = (
+    Case("16 bits", "4", "age", 128, "512MiB"),
+    Case("static 8, window 0", "8", "static", 0, "512MiB"),
+    Case("static 4, window 0", "4", "static", 0, "512MiB"),
+    Case("static 2, window 0", "2", "static", 0, "512MiB"),
+    # So small that a chain of a thousand tokens walks through all tiers.
+    Case("progressive 2, window 64", "2", "age", 64, "7500KiB"),
+    Case("progressive k4v2, window 64", "k4v2", "age", 64, "8500KiB"),
+)
+
+
+def schedule(case: Case, geometry: PoolGeometry, prompt: int, forwards: int) -> list[np.ndarray]:
+    """Steps int8 [groups, pages] of a lone request's pages at each forward."""
+    ledger = case.ledger(geometry)
+    empty = np.empty(0, np.int64)
+    pages = ledger.extend([1], [empty], [0], [prompt])
+    assert pages is not None
+    steps = [ledger.page_steps(pages)]
+    ledger.drain()
+    for i in range(1, forwards):
+        new = ledger.append(np.array([1]), np.array([prompt + i]))
+        assert new is not None
+        pages = np.concatenate((pages, new))
+        steps.append(ledger.page_steps(pages))
+        ledger.drain()
+    return steps
+
+
+def replay(model: Any, case: Case, prompt: Sequence[int], output: Sequence[int]) -> tuple[np.ndarray, float]:
+    """Log-probability of each output token by the transformers model under the case's schedule.
+
+    Returns:
+        float64 [len(output)], and the mean width over pages, sides and layers at the last forward.
+    """
+    from transformers import DynamicCache
+
+    geometry = case.geometry(model)
+    group_of = {layer: g for g, group in enumerate(geometry.groups) for layer in group.layers}
+    steps = schedule(case, geometry, len(prompt), len(output))
+    cache = DynamicCache(config=model.config)
+    exact: list[list[torch.Tensor]] = [[], []]
+    held = np.zeros((len(geometry.groups), 0), np.int8)
+    logprobs = []
+    tokens = torch.tensor([list(prompt)])
+    for forward in range(len(output)):
+        now = steps[forward]
+        known = np.zeros_like(now)
+        known[:, : held.shape[1]] = held
+        for page in np.flatnonzero((now != known).any(axis=0)):
+            _shrink_page(cache, exact, geometry, group_of, int(page), now[:, page])
+        held = now
+        with torch.no_grad():
+            logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logprobs.append(torch.log_softmax(logits.float(), -1)[output[forward]].item())
+        tokens = torch.tensor([[output[forward]]])
+        for side, name in ((K, "keys"), (V, "values")):
+            for layer, entry in enumerate(cache.layers):
+                data = getattr(entry, name)
+                if len(exact[side]) <= layer:
+                    exact[side].append(data[:, :, :0].clone())
+                new = slice(exact[side][layer].shape[2], None)
+                data[:, :, new] = data[:, :, new].bfloat16().float()
+                exact[side][layer] = torch.cat((exact[side][layer], data[:, :, new]), 2)
+    tiers = np.array([np.array(g.steps)[held[i]].mean() for i, g in enumerate(geometry.groups) for _ in g.layers])
+    return np.array(logprobs), float(tiers.mean())
+
+
+def _shrink_page(
+    cache: Any,
+    exact: list[list[torch.Tensor]],
+    geometry: PoolGeometry,
+    group_of: dict[int, int],
+    page: int,
+    steps: np.ndarray,
+) -> None:
+    """Replace one page in every layer by what a reader of the pool sees at its steps."""
+    part = slice(page * PAGE, (page + 1) * PAGE)
+    for layer, entry in enumerate(cache.layers):
+        group = geometry.groups[group_of[layer]]
+        tiers = group.steps[int(steps[group_of[layer]])]
+        for side, name in ((K, "keys"), (V, "values")):
+            x = exact[side][layer][:, :, part]
+            getattr(entry, name)[:, :, part] = fake_quantize(x, tiers[side], geometry.shape.group_size)
+
+
+def serve_case(server: Server, ids: Sequence[list[int]], tokens: int) -> list[tuple[list[int], list[float]]]:
+    """Greedy tokens and their log-probabilities, one request at a time."""
+    out = []
+    for prompt in ids:
+        answer = server.generate(
+            input_ids=prompt,
+            sampling_params={"temperature": 0, "max_new_tokens": tokens},
+            return_logprob=True,
+        )
+        pairs = answer["meta_info"]["output_token_logprobs"]
+        out.append(([p[1] for p in pairs], [p[0] for p in pairs]))
+    return out
+
+
+def run_case(model_path: Path, model: Any, case: Case, ids: Sequence[list[int]], tokens: int) -> dict[str, Any]:
+    """Largest and mean difference of log-probabilities over all positions of all chains."""
+    with serve(model_path, case.args()) as server:
+        served = serve_case(server, ids, tokens)
+        shrinks = server.pool()["shrinks"]
+    worst, total, count, bits = 0.0, 0.0, 0, []
+    quantiles = []
+    for prompt, (output, logprobs) in zip(ids, served, strict=True):
+        expected, width = replay(model, case, prompt, output)
+        difference = np.abs(expected - np.array(logprobs))
+        worst = max(worst, float(difference.max()))
+        total += float(difference.sum())
+        count += len(difference)
+        quantiles.append(difference)
+        bits.append(width)
+    return {
+        "case": case.name,
+        "chains": len(ids),
+        "positions": count,
+        "shrinks": shrinks,
+        "mean_bits_at_end": sum(bits) / len(bits),
+        "max_difference": worst,
+        "mean_difference": total / count,
+        "p99_difference": float(np.quantile(np.concatenate(quantiles), 0.99)),
+    }
+
+
+def load(model_path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=REASONER)
+    parser.add_argument("--problems", type=int, default=20)
+    parser.add_argument("--lines", default="60-80")
+    parser.add_argument("--only")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(argv)
+    low, _, high = options.lines.partition("-")
+    problems = problem_set(options.problems, int(low), int(high or low))
+    ids, _ = prompt_ids(options.model, problems)
+    model = load(options.model)
+    result: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.oracle", *(argv or sys.argv[1:])]),
+        "versions": versions(),
+        "cases": [],
+    }
+    for case in CASES:
+        if options.only and options.only not in case.name:
+            continue
+        result["cases"].append(run_case(options.model, model, case, ids, max(p.chain_tokens for p in problems) + 16))
+        print(json.dumps(result["cases"][-1]), flush=True)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,264 @@
+"""Trains the reasoner from nothing on a CPU: ``python -m benchmarks.reasoner.train``.
+
+Writes ``train_log.jsonl`` beside this file and, every few minutes, a checkpoint (under ``--work``; the
+same command resumes from it) and the exported model (bfloat16, Hugging Face layout, in ``model/``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from benchmarks.reasoner import task
+from benchmarks.reasoner import tokenizer as tokenizer_module
+from benchmarks.reasoner.model import Config, Llama, initialize
+
+HERE = Path(__file__).parent
+
+
+class Encoder:
+    """Problems to token rows; the same tokenizer and template that serve the model."""
+
+    def __init__(self) -> None:
+        self.tokenizer = tokenizer_module.build()
+        self.user, self.assistant, self.end = self.tokenizer.convert_tokens_to_ids(
+            [tokenizer_module.USER, tokenizer_module.ASSISTANT, tokenizer_module.END]
+        )
+
+    def __call__(self, problems: list[task.Problem]) -> list[tuple[list[int], list[int]]]:
+        """For each problem its prompt tokens (template included) and chain tokens (end included)."""
+        prompts = self.tokenizer([p.prompt for p in problems])["input_ids"]
+        chains = self.tokenizer([p.chain for p in problems])["input_ids"]
+        return [
+            ([self.user, *prompt, self.end, self.assistant], [*chain, self.end])
+            for prompt, chain in zip(prompts, chains, strict=True)
+        ]
+
+
+def longest(progress: float, args: argparse.Namespace) -> int:
+    """Curriculum: the largest number of lines at this share (0..1) of the run."""
+    reach = min(1.0, max(0.0, (progress - args.short) / max(1e-9, args.ramp - args.short)))
+    return round(8 + (args.lines - 8) * reach)
+
+
+def batches(args: argparse.Namespace, start: int) -> Iterator[tuple[Tensor, int]]:
+    """Batches ``(tokens [B, T], prompt length)`` from step ``start`` on; all rows equally long.
+
+    Batch ``s`` depends on ``s`` and the seed alone, so a resumed run sees what an unbroken one would.
+    """
+    encode = Encoder()
+    for step in range(start, args.steps):
+        rng = random.Random(args.seed * 10**6 + step)
+        top = longest(step / args.steps, args)
+        # Mostly long programs, but never only: short ones keep every decision of a chain well trained.
+        low = 3 if rng.random() < 0.3 else max(3, top // 2)
+        lines = rng.randint(low, top)
+        constants = min(lines - 1, 3 + sum(rng.random() < 1 / 16 for _ in range(lines - 3)))
+        count = max(1, round(args.batch_tokens / (15 * lines + 10)))
+        base = rng.randrange(task.EVAL_SEED_START - count)
+        rows = encode([task.make_problem(base + i, lines, constants) for i in range(count)])
+        yield torch.tensor([prompt + chain for prompt, chain in rows]), len(rows[0][0])
+
+
+def rate(step: int, args: argparse.Namespace) -> float:
+    """Learning rate: linear warm-up, cosine to 3 %; then, if asked for, a second, linear decay to 0."""
+    if args.second and step >= args.second:
+        return args.second_lr * (args.steps - step) / (args.steps - args.second)
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    share = (step - args.warmup) / max(1, (args.second or args.steps) - args.warmup)
+    return args.lr * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+class Threads:
+    """Uses fewer threads while other processes keep cores busy.
+
+    A parallel region waits for its slowest thread, so one thread that has to share its core slows every
+    step several times; doing without that core is faster. Linux only (elsewhere: always ``most``).
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.before = self._busy()
+        torch.set_num_threads(most)
+
+    @staticmethod
+    def _busy() -> tuple[float, float]:
+        """Wall-clock seconds now, and processor seconds spent by all other processes so far."""
+        try:
+            fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+        except OSError:
+            return time.monotonic(), 0.0
+        ticks = sum(fields[:3]) + sum(fields[5:7])  # user, nice, system, interrupts
+        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+    def adapt(self) -> None:
+        """Choose the number of threads for the next steps (call often; acts every few seconds)."""
+        now, others = self._busy()
+        if now - self.before[0] < 3:
+            return
+        taken = (others - self.before[1]) / (now - self.before[0])
+        self.before = now, others
+        torch.set_num_threads(max(1, self.most - round(taken)))
+
+
+@torch.no_grad()
+def forced(model: Llama, problems: list[task.Problem], encode: Encoder) -> tuple[float, float]:
+    """Share of right next tokens and of chains right throughout, with the gold chain as input.
+
+    A chain right throughout is exactly what greedy decoding would write, so the second figure bounds the
+    accuracy of final answers from below.
+    """
+    right = total = whole = 0
+    for prompt, chain in encode(problems):
+        tokens = torch.tensor([prompt + chain])
+        hidden = model.hidden(tokens[:, :-1])[0, len(prompt) - 1 :]
+        hits = model.lm_head(hidden).argmax(-1) == tokens[0, len(prompt) :]
+        right, total, whole = right + int(hits.sum()), total + len(hits), whole + int(hits.all())
+    return right / total, whole / len(problems)
+
+
+def export(model: Llama, directory: Path) -> None:
+    """Write config, bfloat16 weights, tokenizer and generation config in Hugging Face layout."""
+    tokenizer_module.save(directory)
+    encode = Encoder()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **model.config.to_dict(),
+        # transformers 5 reads rope_parameters, transformers 4 the plain rope_theta above.
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.config.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "pretraining_tp": 1,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": encode.end,
+        "pad_token_id": encode.tokenizer.pad_token_id,
+        "torch_dtype": "bfloat16",
+    }
+    generation = {
+        "eos_token_id": encode.end,
+        "pad_token_id": encode.tokenizer.pad_token_id,
+        "do_sample": False,
+    }
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    weights = {name: value.detach().bfloat16().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)
+
+
+def main() -> None:
+    """Train, resume, log, export."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per step, about")
+    parser.add_argument("--lines", type=int, default=140, help="longest program trained on")
+    parser.add_argument("--short", type=float, default=0.1, help="share of the run before programs grow")
+    parser.add_argument("--ramp", type=float, default=0.5, help="share of the run when they are longest")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--second", type=int, default=0, help="step at which a second decay starts")
+    parser.add_argument("--second-lr", type=float, default=4e-4, help="learning rate it starts from")
+    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save-minutes", type=float, default=4.0)
+    parser.add_argument("--work", type=Path, default=Path("results/tmp/reasoner"))
+    parser.add_argument("--out", type=Path, default=HERE / "model")
+    parser.add_argument("--log", type=Path, default=HERE / "train_log.jsonl")
+    args = parser.parse_args()
+
+    threads = Threads(args.threads)
+    torch.manual_seed(args.seed)
+    model = Llama(Config())
+    initialize(model, args.seed)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    scales = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": scales, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    args.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = args.work / "checkpoint.pt"
+    step, tokens_seen, seconds = 0, 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, tokens_seen, seconds = state["step"], state["tokens"], state["seconds"]
+    else:
+        args.log.write_text("")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, from step {step}")
+
+    encode = Encoder()
+    began = last_save = time.monotonic()
+    window: list[tuple[float, float]] = []
+    bar = tqdm(total=args.steps, initial=step, mininterval=5)
+    for tokens, prompt_length in batches(args, step):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, args)
+        target = tokens[:, prompt_length:]
+        hidden = model.hidden(tokens[:, :-1])[:, prompt_length - 1 :]
+        logits = model.lm_head(hidden)
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            window.append((loss.item(), (logits.argmax(-1) == target).float().mean().item()))
+        step += 1
+        tokens_seen += tokens.numel()
+        bar.update()
+        threads.adapt()
+        now = time.monotonic()
+        if step % 25 == 0:
+            loss_mean, right = np.mean(window, axis=0)
+            window.clear()
+            record = {
+                "step": step,
+                "tokens": tokens_seen,
+                "seconds": round(seconds + now - began, 1),
+                "lines": longest(step / args.steps, args),
+                "lr": round(rate(step, args), 7),
+                "loss": round(float(loss_mean), 5),
+                "next_token": round(float(right), 5),
+                "grad_norm": round(float(norm), 3),
+                "threads": torch.get_num_threads(),
+            }
+            if step % 250 == 0:
+                sizes = {f"chain_{n}": [task.eval_problem(i, n, n) for i in range(16)] for n in (8, 40, 100)}
+                record |= {name: forced(model, problems, encode)[1] for name, problems in sizes.items()}
+            with args.log.open("a") as log:
+                log.write(json.dumps(record) + "\n")
+            bar.set_postfix(loss=record["loss"], right=record["next_token"])
+        if now - last_save > 60 * args.save_minutes or step == args.steps:
+            last_save = now
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            torch.save(state | {"tokens": tokens_seen, "seconds": seconds + now - began}, checkpoint)
+            export(model, args.out)
+    bar.close()
+
+
+if __name__ == "__main__":
+    main()

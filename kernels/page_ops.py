@@ -1,0 +1,107 @@
+"""Launchers that write KV: new rows, block copies, page-table updates. Nothing here plans.
+
+Every function works on the current stream of the storage's device and never waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from sglang_pmkvq.commands import ArenaCopies, CommandBatch, TableUpdate
+from sglang_pmkvq.formats import STEP_BITS, STEP_MASK, TIERS, UNITS_PER_SUPERBLOCK, K, V, tier_units
+from sglang_pmkvq.kernels.cpu.copies import copy_blocks
+from sglang_pmkvq.kernels.storage import GroupStorage
+
+
+def resolve_slots(storage: GroupStorage, slots: torch.Tensor) -> torch.Tensor:
+    """Rows of 16-bit pages behind token slots: int64 ``[num_arenas, T]`` into ``[superblocks * P]``.
+
+    Once per forward and group; all layers reuse the result. ``slots`` is an integer tensor ``[T]``,
+    slot = page · P + offset.
+
+    Raises:
+        ValueError: on the CPU, a slot of a page that is unmapped or already below 16 bits. On other
+            devices nothing is read back, so there the caller must know.
+    """
+    p = storage.shape.page_size
+    slots = slots.to(torch.int64)
+    page = torch.div(slots, p, rounding_mode="floor")
+    entry = storage.table[:, page].to(torch.int64)
+    # The step sits in the low bits of an entry and UNMAPPED has all bits set.
+    if entry.device.type == "cpu" and bool((entry & STEP_MASK).any()):
+        bad = page[(entry & STEP_MASK).any(dim=0)].unique().tolist()
+        raise ValueError(f"rows can only be written to mapped 16-bit pages, got pages {bad[:8]}")
+    superblock = entry >> (STEP_BITS + UNITS_PER_SUPERBLOCK.bit_length() - 1)
+    return superblock * p + (slots - page * p)
+
+
+def store_rows(storage: GroupStorage, layer: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Writes K and V ``[T, H, D]`` of layer ``layer`` into the rows that ``resolve_slots`` gave."""
+    width = storage.shape.num_kv_heads * storage.shape.head_dim
+    for side, x in ((K, k), (V, v)):
+        flat = storage.arenas[side][layer].view(storage.dtype).view(-1, width)
+        flat.index_copy_(0, rows[storage.arena_of(side)], x.reshape(-1, width).to(storage.dtype))
+
+
+def store(storage: GroupStorage, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Writes K and V ``[T, H, D]`` of layer ``layer`` at token ``slots [T]``; see ``resolve_slots``."""
+    expected = (slots.numel(), storage.shape.num_kv_heads, storage.shape.head_dim)
+    for name, x in (("k", k), ("v", v)):
+        if tuple(x.shape) != expected:
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+    store_rows(storage, layer, resolve_slots(storage, slots), k, v)
+
+
+def execute(storage: GroupStorage, copies: Iterable[ArenaCopies]) -> None:
+    """Executes the block copies of one wave that belong to this storage's group, all layers.
+
+    Raises:
+        ValueError: a pair of tiers that widens, or units that are unaligned or outside the arena.
+    """
+    for c in copies:
+        pair = c.src_tier.astype(np.int64) * 32 + c.dst_tier
+        for key in np.unique(pair).tolist():
+            src_tier, dst_tier = divmod(key, 32)
+            pick = pair == key
+            src, dst = c.src_unit[pick], c.dst_unit[pick]
+            _check_units(storage, c.arena, src_tier, src, "source")
+            _check_units(storage, c.arena, dst_tier, dst, "destination")
+            if src_tier < dst_tier:
+                raise ValueError(f"a page never gains precision: expected to_tier <= {src_tier}, got {dst_tier}")
+            page_t, src_t, dst_t = (_upload(storage, a) for a in (c.page[pick], src, dst))
+            for side in storage.group.arena_sides[c.arena]:
+                copy_blocks(storage, side, src_tier, dst_tier, page_t, src_t, dst_t)
+
+
+def apply_table(storage: GroupStorage, updates: Iterable[TableUpdate]) -> None:
+    """Writes new page-table entries of this storage's group."""
+    for u in updates:
+        entry = _upload(storage, u.entry).to(torch.int32)
+        storage.table[u.arena].index_copy_(0, _upload(storage, u.page), entry)
+
+
+def execute_batch(storages: Sequence[GroupStorage], batch: CommandBatch) -> None:
+    """Executes a command batch over all layer groups: the waves in order, then the tables."""
+    for wave in batch.waves:
+        for c in wave:
+            execute(storages[c.group], (c,))
+    for u in batch.table:
+        apply_table(storages[u.group], (u,))
+
+
+def _upload(storage: GroupStorage, values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int64)).to(storage.device)
+
+
+def _check_units(storage: GroupStorage, arena: int, tier: int, unit: np.ndarray, what: str) -> None:
+    if tier not in TIERS:
+        raise ValueError(f"{what} tier must be one of {TIERS}, got {tier}")
+    limit = storage.superblocks[arena] * UNITS_PER_SUPERBLOCK
+    if unit.size and (unit.min() < 0 or unit.max() >= limit or (unit % tier_units(tier)).any()):
+        raise ValueError(
+            f"{what} units of {tier}-bit blocks must be multiples of {tier_units(tier)} in [0, {limit}), "
+            f"got {unit.min()}..{unit.max()}"
+        )

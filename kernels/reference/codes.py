@@ -1,0 +1,115 @@
+"""Quantizer, equivalent right shift and page packing, written as they are defined.
+
+Nothing here is imported by the fast paths, and nothing of theirs is used here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+FP16_MAX = 65504.0
+
+
+def quantize_group(x: torch.Tensor) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """8-bit codes, zero and range (0-dim fp16) of one group of fp32 channels ``[G]`` (paper eq. 1, 2).
+
+    A non-finite channel makes zero NaN and all codes 0. Finite zero and range are clamped to fp16.
+    """
+    if not bool(torch.isfinite(x).all()):
+        return [0] * x.numel(), torch.tensor(math.nan).half(), torch.tensor(0.0).half()
+    low, high = x.min(), x.max()
+    zero = torch.clamp(low, -FP16_MAX, FP16_MAX).half()
+    span = torch.clamp(high - low, 0.0, FP16_MAX).half()
+    if span == 0:
+        return [0] * x.numel(), zero, span
+    t = torch.round((x - zero.float()) * 255.0 / span.float())
+    return [int(min(max(value, 0.0), 255.0)) for value in t.tolist()], zero, span
+
+
+def shift_code(code: int, dst_bits: int) -> int:
+    """One code of 2·dst_bits as one of ``dst_bits``: round half up of code / (2^b + 1)."""
+    return math.floor(code / (2**dst_bits + 1) + 0.5)
+
+
+def chain(code: int, bits: int) -> int:
+    """An 8-bit code after the shifts down to ``bits``."""
+    width = 8
+    while width > bits:
+        width //= 2
+        code = shift_code(code, width)
+    return code
+
+
+def dequantize(codes: torch.Tensor, zero: torch.Tensor, span: torch.Tensor, bits: int) -> torch.Tensor:
+    """codes · range/(2^b − 1) + zero in fp32; ``zero`` and ``span`` broadcast against ``codes``."""
+    return codes.float() * (span.float() / (2**bits - 1)) + zero.float()
+
+
+def pack_page(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """One page of codes ``[H, P, D]`` as bytes ``[H, P, D*bits/8]`` in the pool's planar layout."""
+    width = codes.shape[-1] * bits // 8
+    rows = []
+    for row in codes.flatten(0, 1).tolist():
+        packed = [0] * width
+        for channel, code in enumerate(row):
+            plane, byte = divmod(channel, width)
+            packed[byte] |= code << (bits * plane)
+        rows.append(packed)
+    return torch.tensor(rows, dtype=torch.uint8).view(*codes.shape[:2], width)
+
+
+def unpack_page(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of ``pack_page``: uint8 ``[H, P, w]`` to int64 codes ``[H, P, w*8/bits]``."""
+    width = packed.shape[-1]
+    rows = []
+    for row in packed.flatten(0, 1).tolist():
+        codes = [0] * (width * 8 // bits)
+        for channel in range(len(codes)):
+            plane, byte = divmod(channel, width)
+            codes[channel] = (row[byte] >> (bits * plane)) % 2**bits
+        rows.append(codes)
+    return torch.tensor(rows, dtype=torch.int64).view(*packed.shape[:2], -1)
+
+
+def fake_quantize(x: torch.Tensor, bits: int, group_size: int, key_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """What a reader of the pool sees instead of ``x [..., D]`` at ``bits``: same shape and dtype.
+
+    The pool's chain (16 → 8 → … → bits), fp16 (zero, range) included; 16 bits return ``x`` itself.
+    With ``key_scale [..., D]`` (broadcast against ``x``) x / s is quantized and the result multiplied
+    by s. Meant as an end-to-end oracle on another framework's cache, so it works on whole tensors;
+    ``quantize_group`` is the definition that it is tested against.
+
+    Raises:
+        ValueError: a width or group size that the pool does not have.
+    """
+    if bits not in (16, 8, 4, 2):
+        raise ValueError(f"bits must be one of (16, 8, 4, 2), got {bits}")
+    if x.shape[-1] % group_size:
+        raise ValueError(f"group_size must divide {x.shape[-1]}, got {group_size}")
+    if bits == 16:
+        return x
+    values = x.float()
+    if key_scale is not None:
+        values = values / key_scale
+    groups = values.reshape(*x.shape[:-1], -1, group_size)
+    low = groups.min(dim=-1, keepdim=True).values
+    high = groups.max(dim=-1, keepdim=True).values
+    broken = ~torch.isfinite(groups).all(dim=-1, keepdim=True)
+    zero = low.clamp(-FP16_MAX, FP16_MAX).half().float()
+    span = (high - low).clamp(0.0, FP16_MAX).half().float()
+    divisor = torch.where(span > 0, span, torch.ones_like(span))
+    codes = torch.round((groups - zero) * 255.0 / divisor).clamp(0, 255)
+    codes = torch.where((span > 0) & ~broken, codes, torch.zeros_like(codes))
+    width = 8
+    while width > bits:
+        width //= 2
+        # Exact in fp32: code/(2^b + 1) + 1/2 is at least 1/34 away from an integer it does not equal,
+        # and never equals one from rounding, because 2^b + 1 is odd.
+        codes = torch.floor(codes / (2**width + 1) + 0.5)
+    out = torch.where(broken, torch.full_like(groups, math.nan), codes * (span / (2**bits - 1)) + zero)
+    out = out.reshape(x.shape)
+    if key_scale is not None:
+        out = out * key_scale
+    return out.to(x.dtype)

@@ -1,0 +1,136 @@
+"""Random pools and requests with pages at chosen steps, shared by tests and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sglang_pmkvq.commands import ArenaCopies, TableUpdate
+from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, LayerGroup, PageShape, tier_units
+from sglang_pmkvq.kernels import page_ops
+from sglang_pmkvq.kernels.storage import GroupStorage
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A filled storage and the requests that live in it.
+
+    Attributes:
+        storage: every request's pages mapped at their steps, page 0 mapped at 16 bits.
+        req_pages: int64 ``[R, max_pages + 1]``, garbage beyond a request's own pages.
+        kv_lens: tokens per request.
+        steps: int64 ``[N + 1]``, step of each logical page.
+        q: fp32 ``[R, Hq, D]``.
+        written: per side, ``[L, (N+1)*P, H, D]`` in the model dtype, what was stored at each slot.
+    """
+
+    storage: GroupStorage
+    req_pages: torch.Tensor
+    kv_lens: list[int]
+    steps: np.ndarray
+    q: torch.Tensor
+    written: tuple[torch.Tensor, torch.Tensor]
+
+    def pages(self, request: int) -> list[int]:
+        """A request's own logical pages in order."""
+        count = -(-self.kv_lens[request] // self.storage.shape.page_size)
+        own: list[int] = self.req_pages[request, :count].tolist()
+        return own
+
+
+def make_inputs(
+    seed: int,
+    shape: PageShape,
+    group: LayerGroup,
+    kv_lens: Sequence[int],
+    steps: int | Sequence[int] | None = None,
+    *,
+    query_heads: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    key_scale: bool = False,
+    stale: bool = True,
+) -> Inputs:
+    """Requests with random K and V, their pages taken down to their steps one step at a time.
+
+    Args:
+        steps: step of every page, or one per page in order of the requests, or None for random ones.
+        query_heads: Hq, default H.
+        key_scale: random key scales between 1/4 and 4 instead of None.
+        stale: fill arenas and side arrays with random bytes first, and leave slots past the end of
+            a sequence unwritten, so that reading what does not belong to a request shows.
+    """
+    rng = np.random.default_rng(seed)
+    gen = torch.Generator().manual_seed(seed)
+    p, h, d = shape.page_size, shape.num_kv_heads, shape.head_dim
+    layers = len(group.layers)
+    counts = [-(-n // p) for n in kv_lens]
+    n_pages = max(1, sum(counts))
+    page_steps = np.zeros(n_pages + 1, dtype=np.int64)
+    ids = rng.permutation(n_pages) + 1  # logical id of the i-th page over all requests
+    if steps is None:
+        page_steps[1:] = rng.integers(0, group.final_step + 1, n_pages)
+    else:
+        page_steps[ids] = steps
+    scale = torch.exp2(torch.rand(layers, h, d, generator=gen) * 4 - 2) if key_scale else None
+    superblocks = [2 * (n_pages + 1) + len(group.steps)] * len(group.arena_sides)
+    storage = GroupStorage.allocate(shape, group, superblocks, n_pages, dtype, key_scale=scale)
+    if stale:
+        for t in (*storage.arenas, *(m for m in storage.meta if m is not None)):
+            raw = t.view(torch.uint8)
+            raw.copy_(torch.randint(0, 256, raw.shape, dtype=torch.uint8, generator=gen))
+
+    units = [rng.permutation(n_pages + 1) * UNITS_PER_SUPERBLOCK for _ in group.arena_sides]
+    _map(storage, units, np.zeros_like(page_steps))
+    slots, req_pages, at = [], np.full((len(kv_lens), max(counts, default=0) + 1), -(10**9), dtype=np.int64), 0
+    for r, (length, count) in enumerate(zip(kv_lens, counts, strict=True)):
+        req_pages[r, :count] = ids[at : at + count]
+        at += count
+        token = np.arange(length)
+        slots.append(req_pages[r, token // p] * p + token % p)
+    written = tuple(torch.randn(layers, (n_pages + 1) * p, h, d, generator=gen).to(dtype) for _ in range(2))
+    slot = torch.from_numpy(np.concatenate(slots))
+    for layer in range(layers):
+        page_ops.store(storage, layer, slot, written[0][layer, slot], written[1][layer, slot])
+
+    # Blocks of a step go to fresh superblocks, in random order: out of place, as the ledger does it.
+    fresh = [(n_pages + 1) * UNITS_PER_SUPERBLOCK] * len(group.arena_sides)
+    for step in range(1, len(group.steps)):
+        moving = rng.permutation(np.flatnonzero(page_steps >= step))
+        for a in range(len(group.arena_sides)):
+            src_tier, dst_tier = group.arena_tier(a, step - 1), group.arena_tier(a, step)
+            if src_tier == dst_tier or not moving.size:
+                continue
+            dst = fresh[a] + np.arange(moving.size) * tier_units(dst_tier)
+            fresh[a] = -(-(int(dst[-1]) + tier_units(dst_tier)) // UNITS_PER_SUPERBLOCK) * UNITS_PER_SUPERBLOCK
+            page_ops.execute(storage, [copies(a, moving, units[a][moving], dst, src_tier, dst_tier)])
+            units[a][moving] = dst
+    _map(storage, units, page_steps)
+    q = torch.randn(len(kv_lens), query_heads or h, d, generator=gen)
+    return Inputs(storage, torch.from_numpy(req_pages), list(kv_lens), page_steps, q, (written[0], written[1]))
+
+
+def copies(
+    arena: int, page: np.ndarray, src_unit: np.ndarray, dst_unit: np.ndarray, src_tier: int, dst_tier: int
+) -> ArenaCopies:
+    """Copies of one pair of tiers in group 0."""
+    n = len(page)
+    return ArenaCopies(
+        group=0,
+        arena=arena,
+        page=np.asarray(page, dtype=np.int32),
+        src_unit=np.asarray(src_unit, dtype=np.int32),
+        dst_unit=np.asarray(dst_unit, dtype=np.int32),
+        src_tier=np.full(n, src_tier, dtype=np.uint8),
+        dst_tier=np.full(n, dst_tier, dtype=np.uint8),
+    )
+
+
+def _map(storage: GroupStorage, units: list[np.ndarray], steps: np.ndarray) -> None:
+    pages = np.arange(len(steps), dtype=np.int32)
+    page_ops.apply_table(
+        storage,
+        [TableUpdate(0, a, pages, ((u << STEP_BITS) | steps).astype(np.int32)) for a, u in enumerate(units)],
+    )

@@ -1,0 +1,209 @@
+"""The tensors of one layer group: arenas, (zero, range) side arrays, page table, key scales.
+
+Layouts (P tokens per page, H KV heads, D channels, G channels per group, b bits):
+
+* 16-bit page: ``[P, H, D]`` of the model dtype, so that stock paged kernels can read it.
+* quantized page: ``[H, P, D*b/8]`` uint8, planar: byte ``j`` of a row holds channels ``j``,
+  ``j + D*b/8``, ``j + 2*D*b/8``, ... from its lowest bits up. Plane ``i`` of a row is therefore the
+  ``i``-th run of ``D*b/8`` consecutive channels, and unpacking needs no shuffle.
+* side array: ``[L, N+1, H, D/G, P, 2]`` fp16, last axis (zero, range), indexed by logical page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang_pmkvq.formats import (
+    MAX_UNITS,
+    SIDES,
+    TIERS,
+    UNITS_PER_SUPERBLOCK,
+    UNMAPPED,
+    LayerGroup,
+    PageShape,
+    PoolGeometry,
+    tier_units,
+)
+
+MODEL_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class GroupStorage:
+    """Device memory of one layer group. ``layer`` in its methods is the index *within* the group.
+
+    Attributes:
+        shape: bytes of a page in one layer.
+        group: the layers and their final tiers.
+        num_pages: N, logical pages; ids 1..N, page 0 is the sink of padded tokens.
+        dtype: model dtype of 16-bit pages.
+        superblocks: superblocks per arena.
+        arenas: per side, uint8 ``[L, superblocks * 8 * unit_bytes]``.
+        meta: per side, fp16 ``[L, N+1, H, D/G, P, 2]``, or None where the side never leaves 16 bits.
+        table: int32 ``[num_arenas, N+1]``, ``unit << STEP_BITS | step`` or ``UNMAPPED``.
+        key_scale: fp32 ``[L, H, D]`` or None. Quantized tiers store K / s and queries are multiplied
+            by s when those tiers are read; the 16-bit tier is never transformed.
+        clipped_groups: int64 scalar on the device, (zero, range) pairs whose finite value did not
+            fit fp16 and was clamped, since the start. Reading it on the host synchronizes.
+    """
+
+    shape: PageShape
+    group: LayerGroup
+    num_pages: int
+    dtype: torch.dtype
+    superblocks: tuple[int, ...]
+    arenas: tuple[torch.Tensor, torch.Tensor]
+    meta: tuple[torch.Tensor | None, torch.Tensor | None]
+    table: torch.Tensor
+    key_scale: torch.Tensor | None
+    clipped_groups: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        shape: PageShape,
+        group: LayerGroup,
+        superblocks: Sequence[int],
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        key_scale: torch.Tensor | None = None,
+    ) -> GroupStorage:
+        """Zero-filled storage, every page unmapped.
+
+        ``torch.zeros`` is calloc on the CPU, so an arena costs resident memory only where written.
+
+        Args:
+            superblocks: superblocks per arena of the group.
+            key_scale: positive fp32 ``[L, H, D]``, or None for the identity.
+
+        Raises:
+            ValueError: a dtype, count or shape that does not fit, or a scale that is not positive.
+        """
+        layers, arenas_n = len(group.layers), len(group.arena_sides)
+        h, d, p = shape.num_kv_heads, shape.head_dim, shape.page_size
+        if dtype not in MODEL_DTYPES:
+            raise ValueError(f"16-bit pages need one of {MODEL_DTYPES}, got {dtype}")
+        counts = tuple(int(n) for n in superblocks)
+        if len(counts) != arenas_n or min(counts) < 1:
+            raise ValueError(f"expected {arenas_n} positive superblock counts, got {counts}")
+        if max(counts) * UNITS_PER_SUPERBLOCK > MAX_UNITS:
+            raise ValueError(f"an arena holds at most {MAX_UNITS} units, got {counts} superblocks")
+        if num_pages < 1:
+            raise ValueError(f"num_pages must be positive, got {num_pages}")
+        if key_scale is not None:
+            if tuple(key_scale.shape) != (layers, h, d):
+                raise ValueError(f"key_scale must have shape {(layers, h, d)}, got {tuple(key_scale.shape)}")
+            key_scale = key_scale.to(device=device, dtype=torch.float32).contiguous()
+            if not bool((torch.isfinite(key_scale) & (key_scale > 0)).all()):
+                raise ValueError("key_scale must be positive and finite everywhere")
+
+        def arena(side: int) -> torch.Tensor:
+            n = counts[0 if group.shared else side] * UNITS_PER_SUPERBLOCK * shape.unit_bytes
+            return torch.zeros((layers, n), dtype=torch.uint8, device=device)
+
+        def side_array(side: int) -> torch.Tensor | None:
+            if group.final_of(side) == 16:
+                return None
+            dims = (layers, num_pages + 1, h, shape.groups_per_head, p, 2)
+            return torch.zeros(dims, dtype=torch.float16, device=device)
+
+        return cls(
+            shape=shape,
+            group=group,
+            num_pages=num_pages,
+            dtype=dtype,
+            superblocks=counts,
+            arenas=(arena(0), arena(1)),
+            meta=(side_array(0), side_array(1)),
+            table=torch.full((arenas_n, num_pages + 1), UNMAPPED, dtype=torch.int32, device=device),
+            key_scale=key_scale,
+            clipped_groups=torch.zeros((), dtype=torch.int64, device=device),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.group.layers)
+
+    def arena_of(self, side: int) -> int:
+        """Number of the arena (row of the table) that holds a side."""
+        return 0 if self.group.shared else side
+
+    def pages16(self, side: int, layer: int) -> torch.Tensor:
+        """Layer ``layer`` of a side as 16-bit pages: model dtype ``[superblocks, P, H, D]``, a view."""
+        s = self.shape
+        flat = self.arenas[side][layer].view(self.dtype)
+        return flat.view(-1, s.page_size, s.num_kv_heads, s.head_dim)
+
+    def codes(self, side: int, layer: int, tier: int) -> torch.Tensor:
+        """Layer ``layer`` of a side as quantized pages: uint8 ``[blocks, H, P, D*tier/8]``, a view.
+
+        The block index is ``unit // tier_units(tier)``.
+        """
+        assert tier in TIERS and tier < 16
+        s = self.shape
+        return self.arenas[side][layer].view(-1, s.num_kv_heads, s.page_size, s.head_dim * tier // 8)
+
+    def code_words(self, side: int, layer: int, tier: int) -> torch.Tensor:
+        """Quantized pages of layer ``layer`` as int64 rows ``[blocks * H, P*D*tier/64]``, a view.
+
+        Row = block · H + head: one head of one page. Rows are at least 256 bytes, so whole words.
+        """
+        width = self.shape.page_size * self.shape.head_dim * tier // 64
+        return self.arenas[side][layer].view(torch.int64).view(-1, width)
+
+    def meta_rows(self, side: int, layer: int) -> torch.Tensor:
+        """(zero, range) of layer ``layer`` as fp16 rows ``[(N+1) * H, D/G * P * 2]``, a view."""
+        meta = self.meta[side]
+        assert meta is not None
+        return meta[layer].view(-1, self.shape.groups_per_head * self.shape.page_size * 2)
+
+    def blocks(self, side: int, tier: int) -> torch.Tensor:
+        """All layers of a side as raw blocks of a tier: uint8 ``[L, blocks, code_bytes]``, a view."""
+        return self.arenas[side].view(self.num_layers, -1, self.shape.unit_bytes * tier_units(tier))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that hold KV, (zero, range) or page tables.
+
+        This is what the byte budget pays for, and equals the group's share of
+        ``PoolGeometry.total_bytes``. Calibration constants are in ``constant_bytes``.
+        """
+        tensors = [*self.arenas, self.table, *(m for m in self.meta if m is not None)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def constant_bytes(self) -> int:
+        """Bytes of what does not depend on the number of pages: key scales, the clip counter."""
+        scale = 0 if self.key_scale is None else self.key_scale.numel() * self.key_scale.element_size()
+        return scale + self.clipped_groups.element_size()
+
+
+def allocate_pool(
+    geometry: PoolGeometry,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    key_scales: Sequence[torch.Tensor | None] | None = None,
+) -> tuple[GroupStorage, ...]:
+    """One ``GroupStorage`` per layer group of a geometry; their ``nbytes`` sum to ``total_bytes``.
+
+    Args:
+        key_scales: per group, fp32 ``[L, H, D]`` or None.
+    """
+    scales = [None] * len(geometry.groups) if key_scales is None else list(key_scales)
+    if len(scales) != len(geometry.groups):
+        raise ValueError(f"expected {len(geometry.groups)} key scales, got {len(scales)}")
+    pool = tuple(
+        GroupStorage.allocate(geometry.shape, g, n, geometry.num_pages, dtype, device, s)
+        for g, n, s in zip(geometry.groups, geometry.superblocks, scales, strict=True)
+    )
+    assert sum(s.nbytes for s in pool) == geometry.total_bytes
+    assert all(len(s.arenas) == len(SIDES) for s in pool)
+    return pool

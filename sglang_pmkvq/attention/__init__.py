@@ -1,0 +1,1 @@
+"""Attention over mixed-precision pages as an SGLang backend."""

@@ -1,0 +1,66 @@
+"""Builds our pool and allocator where SGLang builds its own, and verifies that it took."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sglang_pmkvq import runtime
+from sglang_pmkvq.allocator import PmkvqAllocator
+from sglang_pmkvq.metrics import MetricsReporter
+from sglang_pmkvq.pool import MixedPrecisionTokenPool, PoolSetup
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+def build_runtime(runner: ModelRunner, setup: PoolSetup) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Factories of pool and allocator that SGLang calls in place of its classes."""
+    current = runtime.Runtime(setup)
+
+    def make_pool(*args: Any, **kwargs: Any) -> MixedPrecisionTokenPool:
+        current.pool = MixedPrecisionTokenPool(setup, *args, **kwargs)
+        return current.pool
+
+    def make_allocator(size: int, **kwargs: Any) -> PmkvqAllocator:
+        current.allocator = PmkvqAllocator(size, max_requests=runner.req_to_token_pool.size, **kwargs)
+        assert current.pool is not None
+        current.metrics = MetricsReporter(setup, current.allocator.ledger, current.pool)
+        current.allocator.on_event = current.metrics.event
+        if runtime.metric_labels is not None:
+            current.metrics.attach(runtime.metric_labels)
+        return current.allocator
+
+    runtime.activate(current)
+    return make_pool, make_allocator
+
+
+def verify_pools(runner: ModelRunner) -> None:
+    """Raise unless pool and allocator are ours and every hook is installed; logs what the flags resolved to.
+
+    Raises:
+        RuntimeError: SGLang kept a class of its own, or a hook failed to apply (SGLang only logs that).
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from sglang_pmkvq.plugin import hook_targets
+
+    current = runtime.current()
+    assert current is not None
+    pool, allocator = runner.token_to_kv_pool, runner.token_to_kv_pool_allocator
+    if pool is not current.pool or allocator is not current.allocator:
+        raise RuntimeError(
+            f"--kv-quant pmkvq: SGLang built {type(pool).__name__} and {type(allocator).__name__} instead of this "
+            "plugin's pool and allocator"
+        )
+    missing = [t.path for t in hook_targets() if t.path not in HookRegistry._patched]
+    if missing:
+        raise RuntimeError(f"--kv-quant pmkvq: hooks did not apply: {', '.join(missing)}; see the log above")
+    assert current.pool is not None
+    assert current.allocator is not None
+    commands = current.allocator.ledger.drain()
+    current.pool.execute(commands)
+    logger.info(current.pool.log_line())

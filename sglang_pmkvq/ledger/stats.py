@@ -1,0 +1,167 @@
+"""Figures of the ledger: bytes and pages per tier, effective bits, counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sglang_pmkvq.formats import (
+    SIDES,
+    TIERS,
+    arena_block_bytes,
+    page_bytes,
+    page_elements,
+    page_side_bytes,
+)
+from sglang_pmkvq.ledger.pages import HARD, SOFT
+
+if TYPE_CHECKING:
+    from sglang_pmkvq.ledger.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class LedgerStats:
+    """One look at the ledger. Page 0 counts in ``pool_bytes`` and ``arena_used_bytes`` only.
+
+    Attributes:
+        pages: page equivalents per tier: a page at (K tier, V tier) in a group of l of L layers
+            counts l / 2L at each of the two; the values sum to ``mapped_pages``.
+        block_bytes: block bytes of mapped pages per tier, over all groups and arenas.
+        side_bytes: (zero, range) bytes of sides below 16 bits.
+        used_bytes: all of ``block_bytes`` and ``side_bytes``.
+        pool_bytes: bytes of all arenas. arena_used_bytes: bytes of blocks in use, page 0 included.
+        num_pages, mapped_pages, free_pages: logical pages, N = mapped + free.
+        hard_pages, soft_pages: protected pages.
+        shrinks: shrinks so far by (from tier, to tier). One page that shrinks in one group counts
+            once for each side (K, V) whose tier changes.
+        shrunk_bytes: block bytes that those shrinks freed, same keys.
+        moves, moved_bytes: blocks moved to make room in one piece, and their bytes.
+        evict_requests, evicted_pages: calls for early eviction and pages they freed.
+        effective_bits: 8 · (block + side bytes) / elements of the mapped pages; 16 if there are none.
+        effective_bits_avg: the same over all ticks so far, weighted by mapped pages.
+        effective_bits_peak: highest of all ticks so far.
+        tick: forwards so far (calls of ``extend`` and ``append``).
+        running_requests: requests that list pages now.
+    """
+
+    pages: dict[int, float]
+    block_bytes: dict[int, int]
+    side_bytes: int
+    used_bytes: int
+    pool_bytes: int
+    arena_used_bytes: int
+    num_pages: int
+    mapped_pages: int
+    free_pages: int
+    hard_pages: int
+    soft_pages: int
+    shrinks: dict[tuple[int, int], int]
+    shrunk_bytes: dict[tuple[int, int], int]
+    moves: int
+    moved_bytes: int
+    evict_requests: int
+    evicted_pages: int
+    effective_bits: float
+    effective_bits_avg: float
+    effective_bits_peak: float
+    tick: int
+    running_requests: int
+
+
+class BitMeter:
+    """Bytes that the mapped pages stand for, sampled once per forward; all sums exact integers."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        shape = ledger.geometry.shape
+        self._groups = ledger.groups
+        self._costs = [[page_bytes(shape, group.spec, s) for s in range(group.final + 1)] for group in ledger.groups]
+        self._elements = page_elements(shape, sum(len(g.spec.layers) for g in ledger.groups))
+        self._bytes_sum = self._pages_sum = 0
+        self._peak_bytes, self._peak_pages = 0, 1
+
+    def bytes_now(self) -> int:
+        total = 0
+        for group, costs in zip(self._groups, self._costs, strict=True):
+            for pages, cost in zip(group.step_pages, costs, strict=True):
+                total += pages * cost
+        return total
+
+    def sample(self, mapped: int) -> None:
+        """Count the coming forward, which sees ``mapped`` pages."""
+        if not mapped:
+            return
+        now = self.bytes_now()
+        self._bytes_sum += now
+        self._pages_sum += mapped
+        if now * self._peak_pages > self._peak_bytes * mapped:
+            self._peak_bytes, self._peak_pages = now, mapped
+
+    def bits(self, size: int, pages: int) -> float:
+        """Bits per element of ``size`` bytes in ``pages`` pages; 16 for none, as a birth would be."""
+        return 8 * size / (pages * self._elements) if pages else 16.0
+
+    @property
+    def average(self) -> float:
+        return self.bits(self._bytes_sum, self._pages_sum)
+
+    @property
+    def peak(self) -> float:
+        return self.bits(self._peak_bytes, self._peak_pages) if self._peak_bytes else 16.0
+
+
+def collect(ledger: Ledger) -> LedgerStats:
+    """Figures of ``ledger`` in O(groups · steps)."""
+    shape = ledger.geometry.shape
+    layers = sum(len(g.spec.layers) for g in ledger.groups)
+    pages = dict.fromkeys(TIERS, 0.0)
+    size = dict.fromkeys(TIERS, 0)
+    shrinks: dict[tuple[int, int], int] = {}
+    shrunk_bytes: dict[tuple[int, int], int] = {}
+    used = side_bytes = moves = moved_bytes = 0
+    for group in ledger.groups:
+        spec = group.spec
+        share = len(spec.layers) / (2 * layers)
+        for step, count in enumerate(group.step_pages):
+            side_bytes += count * page_side_bytes(shape, spec, step)
+            for side in SIDES:
+                tier = spec.steps[step][side]
+                pages[tier] += count * share
+                size[tier] += count * len(spec.layers) * shape.code_bytes(tier)
+        for arena in group.arenas:
+            unit = arena_block_bytes(shape, spec, arena.index, 2)
+            used += (arena.units - arena.free_units) * unit
+            moves += arena.moves
+            moved_bytes += arena.moved_units * unit
+        for s, row in enumerate(group.shrinks):
+            for t, count in enumerate(row):
+                for side in SIDES if count else ():
+                    key = (spec.steps[s][side], spec.steps[t][side])
+                    if key[0] != key[1]:
+                        freed = len(spec.layers) * (shape.code_bytes(key[0]) - shape.code_bytes(key[1]))
+                        shrinks[key] = shrinks.get(key, 0) + count
+                        shrunk_bytes[key] = shrunk_bytes.get(key, 0) + count * freed
+    book, meter = ledger.book, ledger.meter
+    return LedgerStats(
+        pages=pages,
+        block_bytes=size,
+        side_bytes=side_bytes,
+        used_bytes=sum(size.values()) + side_bytes,
+        pool_bytes=ledger.geometry.arena_bytes,
+        arena_used_bytes=used,
+        num_pages=ledger.num_pages,
+        mapped_pages=book.mapped_pages,
+        free_pages=ledger.free_page_count,
+        hard_pages=book.class_pages[HARD],
+        soft_pages=book.class_pages[SOFT],
+        shrinks=shrinks,
+        shrunk_bytes=shrunk_bytes,
+        moves=moves,
+        moved_bytes=moved_bytes,
+        evict_requests=ledger.shrinker.evict_requests,
+        evicted_pages=ledger.shrinker.evicted_pages,
+        effective_bits=meter.bits(meter.bytes_now(), book.mapped_pages),
+        effective_bits_avg=meter.average,
+        effective_bits_peak=meter.peak,
+        tick=ledger.tick,
+        running_requests=ledger.running_requests,
+    )

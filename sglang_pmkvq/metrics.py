@@ -1,0 +1,172 @@
+"""What the pool is doing: Prometheus metrics, SGLang's decode log, timeline rows, bits per request."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from sglang_pmkvq.formats import TIERS
+from sglang_pmkvq.timeline import TimelineWriter
+
+if TYPE_CHECKING:
+    from sglang_pmkvq.ledger import Ledger, LedgerStats
+    from sglang_pmkvq.pool import MixedPrecisionTokenPool, PoolSetup
+
+PREFIX = "sglang:pmkvq_"
+REQUEST_PARAM = "pmkvq_kv_bits"
+
+# name, documentation, extra labels; docs/metrics.md explains the units.
+GAUGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (
+        "pages",
+        "Pages per tier, in page equivalents: each (layer, side) counts its share of a page.",
+        ("tier",),
+    ),
+    ("bytes", "Bytes of the blocks of mapped pages per tier.", ("tier",)),
+    ("pool_bytes", "Bytes of all pool tensors: arenas, scales and zeros, page tables.", ()),
+    ("pool_bytes_used", "Bytes of blocks of mapped pages, plus scales and zeros of pages below 16 bits.", ()),
+    ("logical_tokens", "Tokens that SGLang may hand out.", ()),
+    ("protected_pages", "Pages that may not shrink (hard) or shrink last (soft).", ("kind",)),
+    ("effective_bits", "Bits per KV element of mapped pages, scales and zeros included, now.", ()),
+    ("effective_bits_avg", "Mean effective bits over forwards, weighted by mapped tokens.", ()),
+    ("effective_bits_peak", "Highest effective bits at a forward.", ()),
+)
+COUNTERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("shrinks", "Shrinks of a page's K or V in one layer group.", ("from", "to")),
+    ("shrunk_bytes", "Bytes freed by shrinking.", ("from", "to")),
+    ("overflow_groups", "Groups of channels with values beyond fp16, clamped at their first shrink.", ()),
+    (
+        "evict_requests",
+        "Times cached pages were evicted to keep running requests at --pmkvq-min-active-bits.",
+        (),
+    ),
+)
+
+
+class MetricsReporter:
+    """Reads the ledger's counters; costs nothing per token."""
+
+    def __init__(self, setup: PoolSetup, ledger: Ledger, pool: MixedPrecisionTokenPool) -> None:
+        self._setup = setup
+        self._ledger = ledger
+        self._pool = pool
+        self._labels: dict[str, str] | None = None
+        self._metrics: dict[str, Any] = {}
+        self._exported: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._start = time.monotonic()
+        self._timeline = TimelineWriter(setup.timeline, setup.summary()) if setup.timeline else None
+
+    def attach(self, labels: dict[str, str]) -> None:
+        """Create the metrics with SGLang's own labels; call where SGLang creates its own."""
+        from prometheus_client import Counter, Gauge
+
+        self._labels = labels
+        for name, text, extra in GAUGES:
+            self._metrics[name] = Gauge(
+                PREFIX + name, text, [*labels, *extra], multiprocess_mode="mostrecent"
+            )
+        for name, text, extra in COUNTERS:
+            self._metrics[name] = Counter(PREFIX + name, text, [*labels, *extra])
+        self.export()
+
+    def export(self) -> None:
+        """Bring the Prometheus metrics up to date."""
+        if self._labels is None:
+            return
+        stats = self._ledger.stats()
+        for tier in TIERS:
+            self._set("pages", stats.pages[tier], str(tier))
+            self._set("bytes", stats.block_bytes[tier], str(tier))
+        self._set("pool_bytes", self._pool.storage_bytes())
+        self._set("pool_bytes_used", stats.used_bytes)
+        self._set("logical_tokens", self._setup.tokens)
+        self._set("protected_pages", stats.hard_pages, "hard")
+        self._set("protected_pages", stats.soft_pages, "soft")
+        self._set("effective_bits", stats.effective_bits)
+        self._set("effective_bits_avg", stats.effective_bits_avg)
+        self._set("effective_bits_peak", stats.effective_bits_peak)
+        for (old, new), count in stats.shrinks.items():
+            self._count("shrinks", count, str(old), str(new))
+            self._count("shrunk_bytes", stats.shrunk_bytes[old, new], str(old), str(new))
+        self._count("overflow_groups", self._pool.overflow_groups())
+        self._count("evict_requests", stats.evict_requests)
+
+    def _child(self, name: str, extra: tuple[str, ...]) -> Any:
+        assert self._labels is not None
+        return self._metrics[name].labels(*self._labels.values(), *extra)
+
+    def _set(self, name: str, value: float, *extra: str) -> None:
+        self._child(name, extra).set(value)
+
+    def _count(self, name: str, value: float, *extra: str) -> None:
+        key = (name, extra)
+        self._child(name, extra).inc(value - self._exported.get(key, 0.0))
+        self._exported[key] = value
+
+    def log_part(self) -> str:
+        """``#pages 16/8/4/2: 40.0/12.5/3.0/0.0, eff bits: 11.20`` for SGLang's periodic decode line."""
+        stats = self._ledger.stats()
+        pages = "/".join(f"{stats.pages[tier]:.1f}" for tier in TIERS)
+        return f"#pages 16/8/4/2: {pages}, eff bits: {stats.effective_bits:.2f}"
+
+    def on_forward(self) -> None:
+        """One timeline row per forward; the writer thins them out and keeps the last."""
+        if self._timeline is not None:
+            self._timeline.record(self._row(self._ledger.stats()))
+
+    def event(self, name: str, **fields: object) -> None:
+        if self._timeline is not None:
+            self._timeline.event(name, **fields)
+
+    def _row(self, stats: LedgerStats) -> dict[str, object]:
+        return {
+            "tick": stats.tick,
+            "bytes": {str(tier): stats.block_bytes[tier] for tier in TIERS},
+            "pool_bytes": self._setup.geometry.arena_bytes,
+            "used_bytes": stats.used_bytes,
+            "effective_bits": stats.effective_bits,
+            "pages_mapped": stats.mapped_pages,
+            "running": stats.running_requests,
+            "shrinks": sum(stats.shrinks.values()),
+        }
+
+    def state(self) -> dict[str, object]:
+        """For ``/server_info``: the numbers of the metrics, without needing ``--enable-metrics``."""
+        stats = self._ledger.stats()
+        return {
+            "storage_bytes": self._pool.storage_bytes(),
+            "used_bytes": stats.used_bytes,
+            "mapped_pages": stats.mapped_pages,
+            "running_requests": stats.running_requests,
+            "pages": {str(t): stats.pages[t] for t in TIERS},
+            "bytes": {str(t): stats.block_bytes[t] for t in TIERS},
+            "shrinks": {f"{a}->{b}": n for (a, b), n in stats.shrinks.items()},
+            "evict_requests": stats.evict_requests,
+            "effective_bits": stats.effective_bits,
+            "effective_bits_avg": stats.effective_bits_avg,
+            "effective_bits_peak": stats.effective_bits_peak,
+        }
+
+
+class _AtEnd(list[Any]):
+    """A per-token list whose every slice is the one value that describes the whole request.
+
+    SGLang sends ``customized_info`` as slices along the output tokens; this value exists once, at the end.
+    """
+
+    def __getitem__(self, index: Any) -> Any:
+        return [list.__getitem__(self, 0)] if isinstance(index, slice) else list.__getitem__(self, index)
+
+
+def attach_request_bits(ledger: Ledger, req: Any) -> None:
+    """Put lowest and mean bits of the request's KV into ``meta_info``, for requests that asked.
+
+    Opt in by ``"sampling_params": {"custom_params": {"pmkvq_kv_bits": true}}``.
+    """
+    wanted = getattr(req.sampling_params, "custom_params", None) or {}
+    if not (isinstance(wanted, dict) and wanted.get(REQUEST_PARAM)) or not req.finished():
+        return
+    lowest, mean = ledger.request_bits(req.req_pool_idx)
+    info = req.customized_info if req.customized_info is not None else {}
+    info[REQUEST_PARAM] = _AtEnd([{"lowest": lowest, "mean": round(mean, 3)}])
+    req.customized_info = info

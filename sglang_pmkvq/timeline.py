@@ -1,0 +1,250 @@
+"""The timeline file: what the pool looked like over time, as JSON lines (schema: docs/metrics.md).
+
+The scheduler writes it next to serving, so writing may never stop or slow serving: rows are throttled,
+the file is buffered, and after the first write error the writer says so once and goes silent.
+No torch and no SGLang here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+SCHEMA = 1
+SCHEMA_KEY = "pmkvq_timeline"
+TIER_KEYS = ("16", "8", "4", "2")
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars, which the ledger's counters often are, as Python numbers."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+class TimelineWriter:
+    """Appends rows and events to a JSON-lines file; never raises once it is open.
+
+    Rows closer together than ``1 / max_rows_per_s`` seconds replace one another and the last one is
+    kept, so the file's end always shows the final state. Events of one name inside such an interval
+    become one line: ``count`` says how many, integer fields are added up, of others the last stays.
+    Not thread-safe: one scheduler thread writes.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        header: dict[str, Any],
+        flush_every_s: float = 0.0,
+        max_rows_per_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Open ``path`` for writing (an old file is overwritten) and write the header line.
+
+        Args:
+            header: what does not change while serving (model, flags, sizes in bytes).
+            flush_every_s: seconds after which buffered lines go to the file, at the next call; by
+                default every line at once, as the scheduler may be killed at any moment.
+            max_rows_per_s: rows per second at most, and events of one name.
+            clock: seconds, monotonic.
+
+        Raises:
+            ValueError: a limit is not positive.
+            OSError: the file cannot be opened; better at start than silently never.
+        """
+        if not (max_rows_per_s > 0 and flush_every_s >= 0):
+            raise ValueError(
+                f"expected max_rows_per_s > 0 and flush_every_s >= 0, got {max_rows_per_s} and {flush_every_s}"
+            )
+        self.path = os.fspath(path)
+        self._clock = clock
+        self._start = clock()
+        self._interval = 1.0 / max_rows_per_s
+        self._flush_every = flush_every_s
+        self._last_flush = self._start
+        self._last_row = -math.inf
+        self._pending_row: Row | None = None
+        self._pending_events: dict[str, Row] = {}
+        self._last_event: dict[str, float] = {}
+        self._file: TextIO | None = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - lives on
+        self._write({SCHEMA_KEY: SCHEMA, "unix_time": round(time.time(), 3), **header})
+        self.flush()
+
+    @property
+    def failed(self) -> bool:
+        """True after a write error or ``close``: nothing is written any more."""
+        return self._file is None
+
+    def due(self) -> bool:
+        """True if a row recorded now would be written now: lets a caller not even build the others.
+
+        Whoever skips rows by this records one more when serving pauses, else the end is missing.
+        """
+        return self._file is not None and self._clock() - self._last_row >= self._interval
+
+    def record(self, row: Row) -> None:
+        """Keep one state of the pool; ``t`` (seconds since start) is filled in if it is absent."""
+        if self._file is None:
+            return
+        now = self._clock()
+        self._pending_row = {"t": round(now - self._start, 4), **row}
+        if now - self._last_row >= self._interval:
+            self._write_row(now)
+        self._maybe_flush(now)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Note that something happened: ``retract``, ``evict``, ``flush`` and the like."""
+        if self._file is None:
+            return
+        now = self._clock()
+        pending = self._pending_events.get(name)
+        if pending is None:
+            pending = {"t": round(now - self._start, 4), "event": name, "count": 0}
+            self._pending_events[name] = pending
+        pending["count"] += 1
+        for key, value in fields.items():
+            summed = isinstance(value, int) and not isinstance(value, bool) and key in pending
+            pending[key] = pending[key] + value if summed else value
+        if now - self._last_event.get(name, -math.inf) >= self._interval:
+            self._write_event(name, now)
+        self._maybe_flush(now)
+
+    def flush(self) -> None:
+        """Write what throttling holds back, and hand it to the operating system; for idle moments."""
+        now = self._clock()
+        for name in list(self._pending_events):
+            self._write_event(name, now)
+        if self._pending_row is not None:
+            self._write_row(now)
+        self._flush_file(now)
+
+    def close(self) -> None:
+        """Write the last state and close the file; may be called twice."""
+        self.flush()
+        if self._file is not None:
+            file, self._file = self._file, None
+            try:
+                file.close()
+            except OSError as error:
+                self._give_up(error)
+
+    def _write_row(self, now: float) -> None:
+        assert self._pending_row is not None
+        row, self._pending_row = self._pending_row, None
+        self._last_row = now
+        self._write(row)
+
+    def _write_event(self, name: str, now: float) -> None:
+        event = self._pending_events.pop(name)
+        self._last_event[name] = now
+        self._write(event)
+
+    def _maybe_flush(self, now: float) -> None:
+        if now - self._last_flush >= self._flush_every:
+            self._flush_file(now)
+
+    def _flush_file(self, now: float) -> None:
+        self._last_flush = now
+        if self._file is not None:
+            try:
+                self._file.flush()
+            except OSError as error:
+                self._give_up(error)
+
+    def _write(self, line: Row) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(line, default=_plain, separators=(",", ":")) + "\n")
+        except (OSError, TypeError, ValueError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        logger.error("pmkvq: the timeline %s cannot be written (%s); serving goes on without it", self.path, error)
+        file, self._file = self._file, None
+        self._pending_row = None
+        self._pending_events.clear()
+        if file is not None:
+            try:
+                file.close()
+            except OSError:
+                pass  # the buffer it could not write before; already reported
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A timeline read back: the header, states in order of time, events in order of time."""
+
+    header: dict[str, Any]
+    rows: list[Row]
+    events: list[Row]
+
+
+def read_timeline(path: str | os.PathLike[str]) -> Timeline:
+    """Read a timeline; a last line cut short (the server was killed, or still writes) is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a timeline, is of another schema, has no rows, or a line other than the
+            last is damaged.
+    """
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")
+    header = _parse(lines[0])
+    if header is None or SCHEMA_KEY not in header:
+        raise ValueError(f"{os.fspath(path)} is not a timeline written by --pmkvq-timeline")
+    if header[SCHEMA_KEY] != SCHEMA:
+        raise ValueError(f"{os.fspath(path)}: expected timeline schema {SCHEMA}, got {header[SCHEMA_KEY]!r}")
+    rows: list[Row] = []
+    events: list[Row] = []
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.strip():
+            continue
+        entry = _parse(line)
+        if entry is not None and _is_event(entry):
+            events.append(entry)
+        elif entry is not None and _is_row(entry):
+            rows.append(entry)
+        elif number < len(lines):  # ended by a newline, so it was written whole
+            raise ValueError(f"{os.fspath(path)}:{number}: neither a row nor an event: {line[:80]!r}")
+    if not rows:
+        raise ValueError(f"{os.fspath(path)} has a header but no rows: did the server serve anything?")
+    rows.sort(key=lambda row: row["t"])
+    events.sort(key=lambda event: event["t"])
+    return Timeline(header, rows, events)
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:  # bad JSON or bad UTF-8
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_event(entry: Row) -> bool:
+    return isinstance(entry.get("event"), str) and _is_number(entry.get("t"))
+
+
+def _is_row(entry: Row) -> bool:
+    tiers = entry.get("bytes")
+    return (
+        isinstance(tiers, dict)
+        and all(_is_number(tiers.get(key)) for key in TIER_KEYS)
+        and all(_is_number(entry.get(key)) for key in ("t", "pool_bytes", "used_bytes"))
+        and (entry.get("effective_bits") is None or _is_number(entry["effective_bits"]))
+    )

@@ -1,0 +1,289 @@
+"""What cannot be served is refused at start, in one sentence, before a model is read or memory is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang.srt.server_args import ServerArgs
+
+from benchmarks.serving import REASONER, ROOT, ServerFailed, serve
+from sglang_pmkvq.config import REFUSALS, PmkvqConfigError
+from sglang_pmkvq.patches import base, v0_5_15
+from sglang_pmkvq.server_args import PmkvqServerArgs
+
+# Constructing stops before the model is looked at, so this path is never opened.
+NO_MODEL = "/nonexistent/model"
+
+# A value of each refused flag, as SGLang's argument parser would hand it over.
+REFUSED: dict[str, dict[str, Any]] = {
+    "--enable-hierarchical-cache": {"enable_hierarchical_cache": True},
+    "--enable-lmcache": {"enable_lmcache": True},
+    "--disaggregation-decode-enable-offload-kvcache": {"disaggregation_decode_enable_offload_kvcache": True},
+    "--disaggregation-mode": {"disaggregation_mode": "decode"},
+    "--speculative-algorithm": {"speculative_algorithm": "NGRAM"},
+    "--enable-hisparse": {"enable_hisparse": True},
+    "--enable-unified-memory": {"enable_unified_memory": True},
+    "--enable-page-major-kv-layout": {"enable_page_major_kv_layout": True},
+    "--prefill-only-disable-kv-cache": {"prefill_only_disable_kv_cache": True},
+    "--dcp-size": {"dcp_size": 2},
+    "--attn-cp-size": {"attn_cp_size": 2},
+    "--enable-prefill-cp": {"enable_prefill_cp": True},
+    "--enable-prefill-context-parallel": {"enable_prefill_context_parallel": True},
+    "--enable-pdmux": {"enable_pdmux": True},
+    "--enable-two-batch-overlap": {"enable_two_batch_overlap": True},
+    "--enable-single-batch-overlap": {"enable_single_batch_overlap": True},
+    "--dllm-algorithm": {"dllm_algorithm": "LowConfidence"},
+    "--prefill-attention-backend": {"prefill_attention_backend": "torch_native"},
+    "--decode-attention-backend": {"decode_attention_backend": "torch_native"},
+    "--kv-cache-dtype other than auto or bf16": {"kv_cache_dtype": "fp8_e4m3"},
+    "--pp-size": {"pp_size": 2},
+    "--enable-dp-attention": {"enable_dp_attention": True},
+    "--enable-streaming-session": {"enable_streaming_session": True},
+    "--enable-memory-saver": {"enable_memory_saver": True},
+    "--enable-deterministic-inference": {"enable_deterministic_inference": True},
+    "--rl-on-policy-target": {"rl_on_policy_target": "fsdp"},
+    "--enable-torch-compile": {"enable_torch_compile": True},
+    "--kv-canary": {"kv_canary": "log"},
+    "--strip-thinking-cache": {"strip_thinking_cache": True},
+    "--encoder-only": {"encoder_only": True},
+    "--is-embedding": {"is_embedding": True},
+    "--enable-mis": {"enable_mis": True},
+    "--enable-dynamic-chunking": {"enable_dynamic_chunking": True},
+    "--elastic-ep-backend": {"elastic_ep_backend": "mooncake"},
+    "--chunked-prefill-size 0 or below": {"chunked_prefill_size": -1},
+    "--page-size other than 16, 32 or 64": {"page_size": 1},
+    "--attention-backend other than pmkvq": {"attention_backend": "triton"},
+}
+REFUSED_ENVIRONMENT = {
+    "SGLANG_USE_HND_KVCACHE=1": ("SGLANG_USE_HND_KVCACHE", "1"),
+    "SGLANG_ENABLE_UNIFIED_RADIX_TREE=1": ("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "true"),
+}
+
+
+def test_every_refusal_is_tried_here() -> None:
+    assert [r.flag for r in REFUSALS] == [*REFUSED, *REFUSED_ENVIRONMENT]
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_refused_flag(flag: str) -> None:
+    with pytest.raises(PmkvqConfigError) as error:
+        PmkvqServerArgs(model_path=NO_MODEL, device="cpu", kv_quant="pmkvq", **REFUSED[flag])
+    (refusal,) = [r for r in REFUSALS if r.flag == flag]
+    assert str(error.value) == refusal.sentence()
+    assert flag in str(error.value)
+
+
+@pytest.mark.parametrize("flag", REFUSED_ENVIRONMENT)
+def test_refused_environment(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(*REFUSED_ENVIRONMENT[flag])
+    with pytest.raises(PmkvqConfigError, match=re.escape(flag)):
+        PmkvqServerArgs(model_path=NO_MODEL, device="cpu", kv_quant="pmkvq")
+
+
+@pytest.mark.parametrize("flag", ["--enable-hierarchical-cache", "--page-size other than 16, 32 or 64"])
+def test_refused_flags_are_fine_without_us(flag: str) -> None:
+    """They get as far as the model, which is not there."""
+    with pytest.raises(Exception, match="nonexistent"):
+        PmkvqServerArgs(model_path=NO_MODEL, device="cpu", kv_quant="none", **REFUSED[flag])
+
+
+LONELY = {
+    "pmkvq_final_bits": "2",
+    "pmkvq_pool_bytes": "1GiB",
+    "pmkvq_policy": "static",
+    "pmkvq_window": 0,
+    "pmkvq_sink_tokens": 0,
+    "pmkvq_protect": "hard",
+    "pmkvq_group_size": 32,
+    "pmkvq_min_active_bits": 2,
+    "pmkvq_timeline": "timeline.jsonl",
+    "pmkvq_allow_untested_sglang": True,
+}
+
+
+def test_every_flag_of_ours_is_tried_alone() -> None:
+    ours = {f.name for f in dataclasses.fields(PmkvqServerArgs)} - {f.name for f in dataclasses.fields(ServerArgs)}
+    assert ours - set(LONELY) == {"kv_quant", "pmkvq_default_running", "pmkvq_default_chunk"}
+
+
+@pytest.mark.parametrize("name", LONELY)
+def test_our_flag_without_kv_quant(name: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(PmkvqConfigError, match=f"{flag} has no effect without --kv-quant pmkvq"):
+        PmkvqServerArgs(model_path=NO_MODEL, device="cpu", **{name: LONELY[name]})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pmkvq_final_bits", "3"),
+        ("pmkvq_final_bits", "k4"),
+        ("pmkvq_final_bits", ""),
+        ("pmkvq_pool_bytes", "0"),
+        ("pmkvq_pool_bytes", "many"),
+        ("pmkvq_window", -1),
+        ("pmkvq_sink_tokens", -1),
+        ("pmkvq_policy", "lru"),
+        ("pmkvq_protect", "yes"),
+        ("pmkvq_group_size", 48),
+        ("pmkvq_min_active_bits", 3),
+    ],
+)
+def test_bad_value(name: str, value: object) -> None:
+    with pytest.raises(PmkvqConfigError) as error:
+        PmkvqServerArgs(model_path=NO_MODEL, device="cpu", kv_quant="pmkvq", **{name: value})
+    assert f"--{name.replace('_', '-')} {value}" in str(error.value)
+
+
+@pytest.mark.parametrize("device", ["xpu", "npu"])
+def test_other_devices(device: str) -> None:
+    with pytest.raises(PmkvqConfigError, match=f"--device {device}"):
+        PmkvqServerArgs(model_path=NO_MODEL, device=device, kv_quant="pmkvq")
+
+
+def test_cpu_without_its_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE")
+    with pytest.raises(PmkvqConfigError, match="needs SGLANG_USE_CPU_ENGINE=1"):
+        PmkvqServerArgs(model_path=NO_MODEL, device="cpu", kv_quant="pmkvq")
+
+
+def resolved(args: ServerArgs) -> dict[str, Any]:
+    """Every resolved argument that SGLang itself has."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(ServerArgs)}
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"page_size": 64, "chunked_prefill_size": -1, "kv_cache_dtype": "fp8_e5m2"}], ids=["plain", "refused"]
+)
+def test_none_resolves_as_without_us(given: dict[str, Any]) -> None:
+    """Also with flags that ``--kv-quant pmkvq`` refuses."""
+    common = {"model_path": str(REASONER), "device": "cpu", "random_seed": 1, "port": 30123, "nccl_port": 30124}
+    plain = resolved(ServerArgs(**common, **given))
+    ours = PmkvqServerArgs(**common, **given)
+    assert resolved(ours) == plain
+    assert ours.kv_quant == "none"
+    assert plain["page_size"] == given.get("page_size", 1)
+
+
+def test_pmkvq_changes_only_what_it_says() -> None:
+    common = {"model_path": str(REASONER), "device": "cpu", "random_seed": 1, "port": 30123, "nccl_port": 30124}
+    plain = resolved(ServerArgs(**common))
+    ours = resolved(PmkvqServerArgs(**common, kv_quant="pmkvq"))
+    changed = {name for name in plain if ours[name] != plain[name]}
+    assert ours["attention_backend"] == "pmkvq"
+    assert ours["page_size"] == 16
+    # SGLang reserves no memory for the graphs that are off, so its share of memory may be a little larger.
+    assert changed <= {
+        "mem_fraction_static",
+        *("attention_backend", "prefill_attention_backend", "decode_attention_backend", "page_size"),
+        *("disable_prefill_cuda_graph", "disable_decode_cuda_graph", "disable_cuda_graph", "cuda_graph_config"),
+    }
+
+
+def launch(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """``sglang.launch_server`` that must end by itself."""
+    line = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(REASONER), "--device", "cpu", *args]
+    return subprocess.run(line, capture_output=True, text=True, timeout=400, cwd=ROOT, env={**os.environ, **env})
+
+
+@pytest.mark.slow
+def test_refused_command_line() -> None:
+    ended = launch("--kv-quant", "pmkvq", "--pp-size", "2")
+    (refusal,) = [r for r in REFUSALS if r.flag == "--pp-size"]
+    assert ended.returncode != 0
+    assert refusal.sentence() in ended.stderr
+    assert "Load weight" not in ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_plugin_not_loaded() -> None:
+    """Without the plugin the flag is unknown: nobody serves 16-bit pages believing that they are ours."""
+    ended = launch("--kv-quant", "pmkvq", SGLANG_PLUGINS="another")
+    assert ended.returncode != 0
+    assert "unrecognized arguments: --kv-quant pmkvq" in ended.stderr
+
+
+# One page of the bundled model at 16 bits: 6 layers, K and V, 16 tokens, 1 KV head of 128 channels.
+PAGE_BYTES = 6 * 2 * 16 * 128 * 2
+
+
+@pytest.mark.server
+def test_pool_too_small_names_one_that_works(tmp_path: Path) -> None:
+    """Two prefill chunks do not fit; the smallest pool of the message serves, one byte less does not."""
+    args = ["--chunked-prefill-size", "256", "--max-running-requests", "4", "--pmkvq-pool-bytes"]
+    with pytest.raises(ServerFailed) as error:
+        with serve(REASONER, [*args, str(8 * PAGE_BYTES)], log_path=tmp_path / "small.log"):
+            pass
+    found = re.search(r"the smallest pool that works is (\d+) bytes", str(error.value))
+    assert found, str(error.value)
+    assert "--pmkvq-pool-bytes" in str(error.value)
+    with serve(REASONER, [*args, found[1]], log_path=tmp_path / "least.log") as server:
+        assert server.pool()["mapped_pages"] == 0
+        answer = server.generate(text="t1=:7;", sampling_params={"max_new_tokens": 300, "ignore_eos": True})
+        assert answer["meta_info"]["completion_tokens"] == 300
+
+
+# -- hook fingerprints ---------------------------------------------------------------------------------------
+
+
+def changed(where: str, **fields: Any) -> base.Target:
+    (target,) = [t for t in v0_5_15.targets() if t.path.endswith(where)]
+    return dataclasses.replace(target, **fields)
+
+
+def test_hook_targets_are_as_we_know_them() -> None:
+    assert [base.check(t) for t in v0_5_15.targets()] == [None] * len(v0_5_15.targets())
+
+
+def test_changed_parameters_are_reported() -> None:
+    report = base.check(changed("common.alloc_for_decode", parameters=("batch", "token_per_req", "new")))
+    assert report is not None
+    assert "parameters changed" in report
+    assert "'new'" in report
+
+
+def test_missing_function_is_reported() -> None:
+    report = base.check(changed("common.alloc_for_decode", path="sglang.srt.mem_cache.common.alloc_for_nobody"))
+    assert report is not None
+    assert report.startswith("not found")
+
+
+def test_class_in_place_of_a_function_is_reported() -> None:
+    report = base.check(changed("common.alloc_for_decode", path="sglang.srt.server_args.ServerArgs"))
+    assert report == "is a class, but the hook expects a function"
+
+
+def test_changed_sglang_refuses_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_pmkvq import plugin
+
+    wrong = changed("common.release_kv_cache", parameters=("req",))
+    monkeypatch.setattr(plugin, "hook_targets", lambda: (wrong,))
+    plugin.check_installed.cache_clear()
+    try:
+        with pytest.raises(PmkvqConfigError, match="release_kv_cache .*parameters changed"):
+            PmkvqServerArgs(model_path=NO_MODEL, device="cpu", kv_quant="pmkvq", pmkvq_allow_untested_sglang=True)
+    finally:
+        plugin.check_installed.cache_clear()
+
+
+def test_unknown_version_needs_consent(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sglang
+
+    from sglang_pmkvq import plugin
+
+    monkeypatch.setattr(sglang, "__version__", "9.9.9")
+    plugin.check_installed.cache_clear()
+    try:
+        with pytest.raises(PmkvqConfigError, match="untested SGLang version.*--pmkvq-allow-untested-sglang"):
+            PmkvqServerArgs(model_path=NO_MODEL, device="cpu", kv_quant="pmkvq")
+        args = {"model_path": str(REASONER), "device": "cpu", "kv_quant": "pmkvq"}
+        assert PmkvqServerArgs(**args, pmkvq_allow_untested_sglang=True).attention_backend == "pmkvq"
+    finally:
+        plugin.check_installed.cache_clear()

@@ -1,0 +1,101 @@
+"""Several layer groups, mixed chunks, no overlap, forced retraction; and equality with stock over architectures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.equality import answers, compare
+from benchmarks.pressure import problem_set, prompt_ids
+from benchmarks.reasoner.task import check
+from benchmarks.serving import REASONER, STRICT, generate_many, serve
+from benchmarks.steady import random_prompts
+from tests.support.models import make_model
+
+pytestmark = pytest.mark.server
+
+
+@pytest.mark.parametrize(
+    ("flags", "env"),
+    [
+        (("--enable-mixed-chunk", "--disable-overlap-schedule", "--pmkvq-policy", "uniform"), {}),
+        (("--enable-mixed-chunk", "--page-size", "32", "--pmkvq-protect", "hard"), {"SGLANG_TEST_RETRACT": "1"}),
+    ],
+    ids=["mixed-chunk-no-overlap-uniform", "mixed-chunk-retract-page32-hard"],
+)
+def test_two_groups_under_pressure(flags: tuple[str, ...], env: dict[str, str]) -> None:
+    """All finish, nearly all right, nothing leaks, both groups shrink to their own finals."""
+    # Forced retraction leaves one request running most of the time.
+    problems = problem_set(4 if env else 10, 60, 70, first=100)
+    ids, _ = prompt_ids(REASONER, problems)
+    args = [
+        "--pmkvq-final-bits", "0-2:8,3-5:k4v2", "--pmkvq-pool-bytes", "8MiB", "--max-running-requests", "10",
+        "--chunked-prefill-size", "256", "--pmkvq-window", "64", "--decode-log-interval", "8", *flags,
+    ]  # fmt: skip
+    with serve(REASONER, args, env={**STRICT, **env}) as server:
+        assert [g["layers"] for g in server.pool()["groups"]] == [[0, 1, 2], [3, 4, 5]]
+        bodies = [{"input_ids": p, "sampling_params": {"temperature": 0, "max_new_tokens": 1200}} for p in ids]
+        out = generate_many(server, bodies, len(bodies))
+        assert all(a["meta_info"]["finish_reason"]["type"] == "stop" for a in out)
+        assert sum(check(p, a["text"]) for p, a in zip(problems, out, strict=True)) >= len(problems) - 2
+        shrinks = server.pool()["shrinks"]
+        assert shrinks["16->8"] > 0
+        if env:
+            assert server.retracted() > 0
+        server.flush()
+        assert server.pool()["mapped_pages"] == 0
+        assert not server.errors()
+
+
+def test_bundled_model_alone_equals_stock() -> None:
+    """Token ids of a big pool are those of ``--kv-quant none``; no page shrinks."""
+    problems = problem_set(6, 60, 80, first=200)
+    ids, _ = prompt_ids(REASONER, problems)
+    got = compare(REASONER, ids, max(p.chain_tokens for p in problems) + 16, alone=True)
+    assert got["ours_against_stock"] == 0
+    assert got["shrinks"] == 0
+    assert got["tokens"] > 6 * 500
+
+
+MODELS = {
+    "qwen2-64-bias": {"architecture": "qwen2", "head_dim": 64, "heads": 8, "kv_heads": 1},
+    "qwen3-128-qknorm": {"architecture": "qwen3", "head_dim": 128, "heads": 4, "kv_heads": 4},
+    "llama-256-fp16": {"architecture": "llama", "head_dim": 256, "heads": 4, "kv_heads": 2, "dtype": torch.float16},
+}
+FULL_MODELS = {
+    "mistral-128": {"architecture": "mistral", "head_dim": 128, "heads": 8, "kv_heads": 2},
+    "llama-64-fp16": {"architecture": "llama", "head_dim": 64, "heads": 4, "kv_heads": 1, "dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("name", [*MODELS, *(pytest.param(n, marks=pytest.mark.full) for n in FULL_MODELS)])
+def test_architectures_equal_stock_then_shrink(name: str, tmp_path: Path) -> None:
+    """Random weights: same tokens as stock with a big pool; with a tiny one all finish, at low widths."""
+    facts = (MODELS | FULL_MODELS)[name]
+    model = make_model(tmp_path / name, **facts)  # type: ignore[arg-type]
+    prompts = [p[:n] for p, n in zip(random_prompts(7, 6, 320, 512), (1, 15, 16, 17, 100, 320), strict=True)]
+    extra = ["--skip-tokenizer-init", "--context-length", "4096", "--dtype", "auto"]
+    common = ["--disable-radix-cache", "--chunked-prefill-size", "2048", "--max-running-requests", "8", *extra]
+    with serve(model, [*common, "--pmkvq-pool-bytes", "64MiB"]) as server:
+        ours = answers(server, prompts, 48, 1)
+        assert not server.pool()["shrinks"]
+        token_bytes = server.pool()["budget_bytes"] / server.pool()["stock_tokens"]
+    with serve(model, [*common, "--max-total-tokens", "20000"], quant=False) as server:
+        assert ours == answers(server, prompts, 48, 1)
+    pool = str(int(1000 * token_bytes))
+    tiny = ["--pmkvq-pool-bytes", pool, "--pmkvq-final-bits", "k4v2", "--chunked-prefill-size", "64"]
+    with serve(model, [*tiny, "--max-running-requests", "6", *extra], env=STRICT) as server:
+        bodies = [
+            {"input_ids": p, "sampling_params": {"temperature": 0, "max_new_tokens": 120, "ignore_eos": True}}
+            for p in random_prompts(8, 12, 200, 512)
+        ]
+        out = generate_many(server, bodies, 6)
+        assert all(len(a["output_ids"]) == 120 for a in out)
+        shrinks = server.pool()["shrinks"]
+        assert shrinks["8->4"] > 0
+        assert shrinks["4->2"] > 0
+        server.flush()
+        assert server.pool()["mapped_pages"] == 0
+        assert not server.errors()
