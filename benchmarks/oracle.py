@@ -33,7 +33,7 @@ from sglang_pmkvq.ledger import Ledger, PolicyConfig
 
 PAGE = 16
 RUNNING = 2
-CHUNK = 2048
+CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ CASES = (
     Case("static 4, window 0", "4", "static", 0, "512MiB"),
     Case("static 2, window 0", "2", "static", 0, "512MiB"),
     # So small that a chain of a thousand tokens walks through all tiers.
-    Case("progressive 2, window 64", "2", "age", 64, "7500KiB"),
-    Case("progressive k4v2, window 64", "k4v2", "age", 64, "8500KiB"),
+    Case("progressive 2, window 64", "2", "age", 64, "2100KiB"),
+    Case("progressive k4v2, window 64", "k4v2", "age", 64, "2300KiB"),
 )
 
 

@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=REASONER)
     parser.add_argument("--problems", type=int, default=32)
     parser.add_argument("--concurrency", type=int, default=32)
-    parser.add_argument("--lines", default="60-120", help="program lines, low-high")
+    parser.add_argument("--lines", default="64-128", help="program lines, low-high")
     parser.add_argument("--chunk", type=int, default=512, help="--chunked-prefill-size of every row")
     parser.add_argument("--only", help="rows whose name contains this")
     parser.add_argument("--out", type=Path)

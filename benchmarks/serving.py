@@ -109,9 +109,10 @@ class Server:
         """Most requests in one decode batch of the log since ``mark``."""
         return max((int(n) for n in re.findall(r"#running-req: (\d+)", self.new_log())), default=0)
 
-    def errors(self) -> list[str]:
+    def errors(self, since_mark: bool = False) -> list[str]:
         """Tracebacks and error lines of the log; a client that hangs up is not an error."""
-        lines = [line for line in self.log().splitlines() if "disconnected from the client side" not in line]
+        log = self.new_log() if since_mark else self.log()
+        lines = [line for line in log.splitlines() if "disconnected from the client side" not in line]
         return [line for line in lines if re.search(r"Traceback|\w*Error\b|leak|CRITICAL", line)]
 
 
@@ -149,7 +150,8 @@ def serve(
     port = free_port()
     cpu = not _cuda()
     line = [*command, "--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    line += ["--kv-quant", "pmkvq" if quant else "none"]
+    # An idle scheduler polls without pause: on a small machine it would take a core from its neighbours.
+    line += ["--kv-quant", "pmkvq" if quant else "none", "--sleep-on-idle"]
     if cpu:
         line += ["--device", "cpu"]
         if not quant:
@@ -174,14 +176,7 @@ def serve(
 
 
 def stop(server: Server) -> None:
-    """End the server and everything it started."""
-    if server.process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.process.pid, signal.SIGTERM)
-        try:
-            server.process.wait(15)
-        except subprocess.TimeoutExpired:
-            pass
+    """Kill the server and everything it started; a SIGTERM would only make SGLang wait for crash reports."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.process.pid, signal.SIGKILL)
     server.process.wait(15)

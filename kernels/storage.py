@@ -11,6 +11,8 @@ Layouts (P tokens per page, H KV heads, D channels, G channels per group, b bits
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +31,16 @@ from sglang_pmkvq.formats import (
 )
 
 MODEL_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+
+
+def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """A zero-filled tensor; on the CPU its memory is not touched (``torch.zeros`` writes all of it)."""
+    count = math.prod(dims)
+    if torch.device(device).type != "cpu" or count == 0:
+        return torch.zeros(dims, dtype=dtype, device=device)
+    # Private: shared anonymous memory is accounted as shmem and by default gets no huge pages.
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(dims)
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ class GroupStorage:
     ) -> GroupStorage:
         """Zero-filled storage, every page unmapped.
 
-        ``torch.zeros`` is calloc on the CPU, so an arena costs resident memory only where written.
+        On the CPU an arena costs resident memory only where written.
 
         Args:
             superblocks: superblocks per arena of the group.
@@ -103,13 +115,13 @@ class GroupStorage:
 
         def arena(side: int) -> torch.Tensor:
             n = counts[0 if group.shared else side] * UNITS_PER_SUPERBLOCK * shape.unit_bytes
-            return torch.zeros((layers, n), dtype=torch.uint8, device=device)
+            return _zeros((layers, n), torch.uint8, device)
 
         def side_array(side: int) -> torch.Tensor | None:
             if group.final_of(side) == 16:
                 return None
             dims = (layers, num_pages + 1, h, shape.groups_per_head, p, 2)
-            return torch.zeros(dims, dtype=torch.float16, device=device)
+            return _zeros(dims, torch.float16, device)
 
         return cls(
             shape=shape,

@@ -183,3 +183,23 @@ def test_own_model_code_equals_transformers() -> None:
     tokens = torch.randint(5, 600, (2, 300), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(load(MODEL)(tokens), reference(tokens).logits, atol=5e-3, rtol=1e-3)
+
+
+def test_training_log_is_that_of_the_recipe() -> None:
+    """Token counts and learning rates of the shipped weights' log follow from the script and its seed."""
+    from benchmarks.reasoner.train import PHASES, STEPS, batch_shape, longest, rate
+
+    log = Path(task.__file__).parent / "train_log.jsonl"
+    rows = {row["step"]: row for row in map(json.loads, log.read_text().splitlines())}
+    assert max(rows) == STEPS
+    tokens = 0
+    for step in range(STEPS):
+        _, lines, constants, problems = batch_shape(step, seed=1, batch_tokens=2048)
+        # Template and question 13 tokens; a line 5 in the prompt and 10 in the chain, a constant 3 and 6.
+        tokens += problems * (13 + 15 * (lines - constants) + 9 * constants)
+        row = rows.get(step + 1)
+        if row is None:
+            continue
+        assert row["tokens"] == tokens, step
+        if row["step"] not in [phase.end for phase in PHASES]:
+            assert (row["lines"], row["lr"]) == (longest(step + 1), round(rate(step + 1), 7))

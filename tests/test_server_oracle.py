@@ -14,16 +14,16 @@ pytestmark = pytest.mark.server
 @pytest.fixture(scope="module")
 def noise() -> float:
     """Mean difference of a 16-bit server and the 16-bit oracle: bf16 against fp32."""
-    problems = problem_set(1, 60, 60, first=300)
+    problems = problem_set(1, 80, 80, first=300)
     ids, _ = prompt_ids(REASONER, problems)
-    return run_case(REASONER, load(REASONER), CASES[0], ids, 500)["mean_difference"]
+    return run_case(REASONER, load(REASONER), CASES[0], ids, 800)["mean_difference"]
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[5]], ids=lambda c: c.name)
 def test_low_bit_pages_read_as_the_reference_says(case: object, noise: float) -> None:
-    problems = problem_set(1, 60, 60, first=300)
+    problems = problem_set(1, 80, 80, first=300)
     ids, _ = prompt_ids(REASONER, problems)
-    got = run_case(REASONER, load(REASONER), case, ids, 500)  # type: ignore[arg-type]
+    got = run_case(REASONER, load(REASONER), case, ids, 800)  # type: ignore[arg-type]
     assert sum(got["shrinks"].values()) > 0
     assert got["mean_bits_at_end"] < 8
     assert got["mean_difference"] <= max(3 * noise, 2e-3), (got, noise)

@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,39 @@ from benchmarks.reasoner import tokenizer as tokenizer_module
 from benchmarks.reasoner.model import Config, Llama, initialize
 
 HERE = Path(__file__).parent
+
+LINES = 130
+WARMUP = 100
+PEAK_RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the run, up to step ``end``.
+
+    Attributes:
+        horizon: the cosine decay and the curriculum are those of a run of this many steps; 0: linear decay.
+        ramp: share of ``horizon`` at which programs are longest (cosine phases).
+        start_rate: learning rate that a linear phase starts from; it ends at 0.
+    """
+
+    end: int
+    horizon: int = 0
+    ramp: float = 0.0
+    start_rate: float = 0.0
+
+
+# The shipped weights' run: planned for 3,000 steps, shortened at 1,290 when short chains were right, and
+# continued twice at full length from a higher rate, which is what removed the last wrong lookups.
+PHASES = (
+    Phase(1290, horizon=3000, ramp=0.65),
+    Phase(2200, horizon=2200, ramp=0.62),
+    Phase(2500, start_rate=4e-4),
+    Phase(2950, start_rate=8e-4),
+)
+STEPS = PHASES[-1].end
+# Share of a cosine phase's horizon before programs grow.
+SHORT = 0.1
 
 
 class Encoder:
@@ -48,10 +82,34 @@ class Encoder:
         ]
 
 
-def longest(progress: float, args: argparse.Namespace) -> int:
-    """Curriculum: the largest number of lines at this share (0..1) of the run."""
-    reach = min(1.0, max(0.0, (progress - args.short) / max(1e-9, args.ramp - args.short)))
-    return round(8 + (args.lines - 8) * reach)
+def phase_of(step: int) -> tuple[Phase, int]:
+    """The phase that ``step`` belongs to and the step at which it starts."""
+    start = 0
+    for phase in PHASES:
+        if step < phase.end:
+            break
+        start = phase.end
+    return phase, start
+
+
+def longest(step: int) -> int:
+    """Curriculum: the largest number of lines at this step."""
+    phase, _ = phase_of(step)
+    if not phase.horizon:
+        return LINES
+    reach = min(1.0, max(0.0, (step / phase.horizon - SHORT) / (phase.ramp - SHORT)))
+    return round(8 + (LINES - 8) * reach)
+
+
+def batch_shape(step: int, seed: int, batch_tokens: int) -> tuple[random.Random, int, int, int]:
+    """The generator of step ``step`` (advanced), and its batch's program lines, constants and problems."""
+    rng = random.Random(seed * 10**6 + step)
+    top = longest(step)
+    # Mostly long programs, but never only: short ones keep every decision of a chain well trained.
+    low = 3 if rng.random() < 0.3 else max(3, top // 2)
+    lines = rng.randint(low, top)
+    constants = min(lines - 1, 3 + sum(rng.random() < 1 / 16 for _ in range(lines - 3)))
+    return rng, lines, constants, max(1, round(batch_tokens / (15 * lines + 10)))
 
 
 def batches(args: argparse.Namespace, start: int) -> Iterator[tuple[Tensor, int]]:
@@ -61,26 +119,21 @@ def batches(args: argparse.Namespace, start: int) -> Iterator[tuple[Tensor, int]
     """
     encode = Encoder()
     for step in range(start, args.steps):
-        rng = random.Random(args.seed * 10**6 + step)
-        top = longest(step / args.steps, args)
-        # Mostly long programs, but never only: short ones keep every decision of a chain well trained.
-        low = 3 if rng.random() < 0.3 else max(3, top // 2)
-        lines = rng.randint(low, top)
-        constants = min(lines - 1, 3 + sum(rng.random() < 1 / 16 for _ in range(lines - 3)))
-        count = max(1, round(args.batch_tokens / (15 * lines + 10)))
+        rng, lines, constants, count = batch_shape(step, args.seed, args.batch_tokens)
         base = rng.randrange(task.EVAL_SEED_START - count)
         rows = encode([task.make_problem(base + i, lines, constants) for i in range(count)])
         yield torch.tensor([prompt + chain for prompt, chain in rows]), len(rows[0][0])
 
 
-def rate(step: int, args: argparse.Namespace) -> float:
-    """Learning rate: linear warm-up, cosine to 3 %; then, if asked for, a second, linear decay to 0."""
-    if args.second and step >= args.second:
-        return args.second_lr * (args.steps - step) / (args.steps - args.second)
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    share = (step - args.warmup) / max(1, (args.second or args.steps) - args.warmup)
-    return args.lr * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share)))
+def rate(step: int) -> float:
+    """Learning rate: linear warm-up, cosine to 3 %, then the linear phases down to 0."""
+    phase, start = phase_of(step)
+    if not phase.horizon:
+        return phase.start_rate * (phase.end - step) / (phase.end - start)
+    if step < WARMUP:
+        return PEAK_RATE * (step + 1) / WARMUP
+    share = (step - WARMUP) / (phase.horizon - WARMUP)
+    return PEAK_RATE * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 class Threads:
@@ -169,22 +222,17 @@ def export(model: Llama, directory: Path) -> None:
 def main() -> None:
     """Train, resume, log, export."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per step, about")
-    parser.add_argument("--lines", type=int, default=140, help="longest program trained on")
-    parser.add_argument("--short", type=float, default=0.1, help="share of the run before programs grow")
-    parser.add_argument("--ramp", type=float, default=0.5, help="share of the run when they are longest")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--second", type=int, default=0, help="step at which a second decay starts")
-    parser.add_argument("--second-lr", type=float, default=4e-4, help="learning rate it starts from")
-    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"stop earlier than after {STEPS}")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per step, about")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-minutes", type=float, default=4.0)
     parser.add_argument("--work", type=Path, default=Path("results/tmp/reasoner"))
     parser.add_argument("--out", type=Path, default=HERE / "model")
     parser.add_argument("--log", type=Path, default=HERE / "train_log.jsonl")
     args = parser.parse_args()
+    if not 1 <= args.steps <= STEPS:
+        parser.error(f"--steps must be in 1..{STEPS}, got {args.steps}")
 
     threads = Threads(args.threads)
     torch.manual_seed(args.seed)
@@ -194,7 +242,7 @@ def main() -> None:
     scales = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.01}, {"params": scales, "weight_decay": 0.0}],
-        lr=args.lr,
+        lr=PEAK_RATE,
         betas=(0.9, 0.98),
         fused=True,
     )
@@ -216,7 +264,7 @@ def main() -> None:
     bar = tqdm(total=args.steps, initial=step, mininterval=5)
     for tokens, prompt_length in batches(args, step):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args)
+            group["lr"] = rate(step)
         target = tokens[:, prompt_length:]
         hidden = model.hidden(tokens[:, :-1])[:, prompt_length - 1 :]
         logits = model.lm_head(hidden)
@@ -239,8 +287,8 @@ def main() -> None:
                 "step": step,
                 "tokens": tokens_seen,
                 "seconds": round(seconds + now - began, 1),
-                "lines": longest(step / args.steps, args),
-                "lr": round(rate(step, args), 7),
+                "lines": longest(step),
+                "lr": round(rate(step), 7),
                 "loss": round(float(loss_mean), 5),
                 "next_token": round(float(right), 5),
                 "grad_norm": round(float(norm), 3),

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.support.models import make_model
 
 VOCAB = 32_000
-CONTEXT = 12_288
+CONTEXT = 20_480
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 64
 TOKEN_BYTES = LAYERS * KV_HEADS * HEAD_DIM * 2 * 2
 """Bytes of K and V that one token takes at 16 bits."""

@@ -49,7 +49,7 @@ def left_behind(server: Server) -> None:
     assert not any(pool["bytes"].values()), pool
     assert requests.get(f"{server.url}/health_generate", timeout=120).status_code == 200
     assert server.process.poll() is None
-    assert not server.errors(), server.errors()
+    assert not server.errors(since_mark=True), server.errors(since_mark=True)
 
 
 def shrinks(server: Server) -> int:
