@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from benchmarks.pressure import problem_set, prompt_ids
 from benchmarks.reasoner.task import check
 from benchmarks.serving import REASONER, STRICT, generate_many, serve
 from benchmarks.steady import random_prompts
+from sglang_pmkvq.formats import PAGE_SIZES
 from tests.support.models import make_model
 
 pytestmark = pytest.mark.server
@@ -59,26 +61,36 @@ def test_bundled_model_alone_equals_stock() -> None:
     assert got["tokens"] > 6 * 500
 
 
-MODELS = {
-    "qwen2-64-bias": {"architecture": "qwen2", "head_dim": 64, "heads": 8, "kv_heads": 1},
-    "qwen3-128-qknorm": {"architecture": "qwen3", "head_dim": 128, "heads": 4, "kv_heads": 4},
-    "llama-256-fp16": {"architecture": "llama", "head_dim": 256, "heads": 4, "kv_heads": 2, "dtype": torch.float16},
+# What differs between architectures beside their code: grouping of query heads, dtype.
+FACTS: dict[str, dict[str, Any]] = {
+    "llama": {"heads": 4, "kv_heads": 2, "dtype": torch.float16},
+    "qwen2": {"heads": 8, "kv_heads": 1},  # biases on Q, K and V
+    "qwen3": {"heads": 4, "kv_heads": 4},  # norms on Q and K
+    "mistral": {"heads": 6, "kv_heads": 2},
 }
-FULL_MODELS = {
-    "mistral-128": {"architecture": "mistral", "head_dim": 128, "heads": 8, "kv_heads": 2},
-    "llama-64-fp16": {"architecture": "llama", "head_dim": 64, "heads": 4, "kv_heads": 1, "dtype": torch.float16},
-}
+HEAD_DIMS = (64, 128, 256)
+# Each architecture, head_dim and page size once; the rest of the support matrix is in `make test-full`.
+SAMPLE = (("qwen2", 64, 16), ("qwen3", 128, 32), ("llama", 256, 64))
+MATRIX = [
+    *((a, d, p) for a in ("llama", "qwen2", "qwen3") for d in HEAD_DIMS for p in PAGE_SIZES),
+    ("mistral", 128, 16),
+]
 
 
-@pytest.mark.parametrize("name", [*MODELS, *(pytest.param(n, marks=pytest.mark.full) for n in FULL_MODELS)])
-def test_architectures_equal_stock_then_shrink(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "head_dim", "page_size"),
+    [row if row in SAMPLE else pytest.param(*row, marks=pytest.mark.full) for row in MATRIX],
+)
+def test_architectures_equal_stock_then_shrink(
+    architecture: str, head_dim: int, page_size: int, tmp_path: Path
+) -> None:
     """Random weights: same tokens as stock with a big pool; with a tiny one all finish, at low widths."""
-    facts = (MODELS | FULL_MODELS)[name]
-    model = make_model(tmp_path / name, **facts)  # type: ignore[arg-type]
+    model = make_model(tmp_path / "model", architecture, head_dim=head_dim, **FACTS[architecture])
     prompts = [p[:n] for p, n in zip(random_prompts(7, 6, 320, 512), (1, 15, 16, 17, 100, 320), strict=True)]
     extra = ["--skip-tokenizer-init", "--context-length", "4096", "--dtype", "auto"]
     common = ["--disable-radix-cache", "--chunked-prefill-size", "2048", "--max-running-requests", "8", *extra]
-    with serve(model, [*common, "--pmkvq-pool-bytes", "64MiB"]) as server:
+    pages = ["--page-size", str(page_size)]
+    with serve(model, [*common, *pages, "--pmkvq-pool-bytes", "64MiB"]) as server:
         ours = answers(server, prompts, 48, 1)
         assert not server.pool()["shrinks"]
         token_bytes = server.pool()["budget_bytes"] / server.pool()["stock_tokens"]
@@ -86,7 +98,7 @@ def test_architectures_equal_stock_then_shrink(name: str, tmp_path: Path) -> Non
         assert ours == answers(server, prompts, 48, 1)
     pool = str(int(1000 * token_bytes))
     tiny = ["--pmkvq-pool-bytes", pool, "--pmkvq-final-bits", "k4v2", "--chunked-prefill-size", "64"]
-    with serve(model, [*tiny, "--max-running-requests", "6", *extra], env=STRICT) as server:
+    with serve(model, [*tiny, *pages, "--max-running-requests", "6", *extra], env=STRICT) as server:
         bodies = [
             {"input_ids": p, "sampling_params": {"temperature": 0, "max_new_tokens": 120, "ignore_eos": True}}
             for p in random_prompts(8, 12, 200, 512)

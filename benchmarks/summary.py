@@ -1,0 +1,213 @@
+"""Tables of every result file, as one Markdown page.
+
+    python -m benchmarks.summary > docs/results.md
+
+A test compares the page with what this prints, so no figure of it can be older than its result file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pressure import table as pressure_table
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+INTRO = """# Results
+
+Made by `python -m benchmarks.summary > docs/results.md` from the files in `benchmarks/results/`; each section
+names the command that made its file. Everything here ran on the CPU with the bundled reasoning model
+(3.3 M parameters, see [its page](../benchmarks/reasoner/README.md)): it shows what the cache does to answers and
+to memory, not how fast a GPU serves.
+"""
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def _pressure(result: dict[str, Any]) -> str:
+    return pressure_table(result["rows"])
+
+
+def _equality(result: dict[str, Any]) -> str:
+    return markdown(
+        ["radix tree, requests at a time", "answers", "tokens", "shrinks", "ours ≠ stock", "stock ≠ stock"],
+        [
+            (
+                "off, 1" if p["alone"] else "on, 8",
+                p["answers"],
+                f"{p['tokens']:,}",
+                p["shrinks"],
+                p["ours_against_stock"],
+                "-" if p["alone"] else p["stock_against_stock"],
+            )
+            for p in result["parts"]
+        ],
+    )
+
+
+def _tpot(result: dict[str, Any]) -> str:
+    return markdown(
+        ["batch", "ours ms", "stock ms", "ratio (median)", "lowest to highest", "shrinks"],
+        [
+            (
+                r["batch"],
+                f"{r['ours_ms']:.2f}",
+                f"{r['stock_ms']:.2f}",
+                f"{r['ratio']:.3f}",
+                f"{min(r['ratios']):.3f} to {max(r['ratios']):.3f}",
+                r["shrinks"],
+            )
+            for r in result["rows"]
+        ],
+    )
+
+
+def _ledger(result: dict[str, Any]) -> str:
+    note = (
+        f"{result['cpu']}; an empty Python loop costs {result['empty_loop_ns']} ns per turn; load average "
+        f"{result['load_average_at_end']:.1f} at the end.\n\n"
+    )
+    return note + markdown(
+        ["groups", "logical tokens", "shrinks per step", "µs p20", "µs p50", "µs p80", "CPU µs p50"],
+        [
+            (
+                r["groups"],
+                f"{r['logical_tokens']:,}",
+                r["shrinks_per_step_mean"],
+                *(r["append_drain_us"][q] for q in ("p20", "p50", "p80")),
+                r["append_drain_cpu_us"]["p50"],
+            )
+            for r in result["rows"]
+        ],
+    )
+
+
+def _steady(result: dict[str, Any]) -> str:
+    return markdown(
+        [
+            "`--pmkvq-min-active-bits`",
+            "tokens filled",
+            "fresh request: lowest bits",
+            "mean bits",
+            "hit rate of old prompts",
+        ],
+        [
+            (
+                r["min_active_bits"],
+                f"{r['filled_tokens']:,} into {r['logical_tokens']:,}",
+                r["fresh_lowest_bits"],
+                r["fresh_mean_bits"],
+                f"{100 * r['hit_rate']:.1f} %",
+            )
+            for r in result["rows"]
+        ],
+    )
+
+
+def _oracle(result: dict[str, Any]) -> str:
+    return markdown(
+        ["case", "chains", "positions", "mean bits at the end", "mean difference", "99 %", "largest"],
+        [
+            (
+                c["case"],
+                c["chains"],
+                f"{c['positions']:,}",
+                f"{c['mean_bits_at_end']:.2f}",
+                f"{c['mean_difference']:.1e}",
+                f"{c['p99_difference']:.1e}",
+                f"{c['max_difference']:.1e}",
+            )
+            for c in result["cases"]
+        ],
+    )
+
+
+def _lengths(result: dict[str, Any]) -> str:
+    return _pressure(result)
+
+
+SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
+    (
+        "pressure",
+        "Less memory than 16 bits need",
+        "32 problems at once, in pools of a share of the bytes that they need at 16 bits when their chains end; stock "
+        "SGLang (`torch_native`) with the same bytes beside each.",
+        _pressure,
+    ),
+    (
+        "accuracy",
+        "Accuracy",
+        "200 problems, 32 at a time, greedy; `static` keeps sinks and windows at 16 bits (hard protection).",
+        _pressure,
+    ),
+    (
+        "discrimination",
+        "Does the task notice",
+        "The whole cache at one width, no window: what the pool must avoid.",
+        _pressure,
+    ),
+    (
+        "lengths",
+        "Longer chains",
+        "The bundled model at 16 bits on programs longer than it was trained on (130).",
+        _lengths,
+    ),
+    (
+        "equality",
+        "Equal to stock while nothing shrinks",
+        "Greedy token ids with a pool that holds everything. With several requests at a time batch shapes differ from "
+        "run to run, so stock is compared with itself too.",
+        _equality,
+    ),
+    (
+        "oracle",
+        "Low-bit pages read as the reference says",
+        "Log-probabilities of every output token, server against the transformers model over a cache that "
+        "`kernels/reference` fake-quantized by the same schedule. The 16-bit row is the noise of bf16 against fp32.",
+        _oracle,
+    ),
+    (
+        "tpot",
+        "Time per output token while nothing shrinks",
+        "Both servers up, measured in alternation; 256 tokens in, 128 out.",
+        _tpot,
+    ),
+    (
+        "steady",
+        "A fresh request on a warm server",
+        "After finished requests of 3 × the logical tokens, one request of 2,000 tokens; then the old prompts again.",
+        _steady,
+    ),
+    (
+        "ledger",
+        "Host time of the ledger per decode step",
+        "256 requests, 16 pages born and freed per step, so every step shrinks; `append` + `drain`.",
+        _ledger,
+    ),
+)
+
+
+def page() -> str:
+    """The whole page; a result file that is missing is listed as missing."""
+    parts = [INTRO]
+    for name, title, text, render in SECTIONS:
+        path = RESULTS / f"{name}.json"
+        parts.append(f"## {title}\n\n{text}\n")
+        if not path.is_file():
+            parts.append(f"Missing: `benchmarks/results/{name}.json`.\n")
+            continue
+        result = json.loads(path.read_text())
+        versions = ", ".join(f"{k} {v}" for k, v in result.get("versions", {}).items())
+        parts.append(f"`{result['command']}`" + (f" ({versions})" if versions else "") + "\n")
+        parts.append(render(result) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
