@@ -92,11 +92,27 @@ def _alloc_for_batch(original: Callable[..., Any], batch: Any, *args: Any, **kwa
 def _release(original: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
     current = runtime.current()
     if current is not None and current.allocator is not None and req.req_pool_idx is not None:
+        from sglang.srt.runtime_context import get_server_args
+
         from sglang_pmkvq.metrics import attach_request_bits
 
-        attach_request_bits(current.allocator.ledger, req)
+        attach_request_bits(
+            current.allocator.ledger, req, get_server_args().incremental_streaming_output
+        )
         current.allocator.finish(req.req_pool_idx)
     return original(req, *args, **kwargs)
+
+
+def _stream_output(original: Callable[..., Any], self: Any, reqs: Any, *args: Any, **kwargs: Any) -> Any:
+    if runtime.current() is None:
+        return original(self, reqs, *args, **kwargs)
+    from sglang_pmkvq.metrics import has_request_bits
+
+    told = [req for req in reqs if has_request_bits(req)]
+    others = [req for req in reqs if not has_request_bits(req)]
+    if told and others:
+        original(self, others, *args, **kwargs)
+    return original(self, told or others, *args, **kwargs)
 
 
 def _cache_unfinished(original: Callable[..., Any], self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
@@ -225,6 +241,13 @@ def targets() -> tuple[Target, ...]:
             _cache_unfinished,
             ("self", "req", "chunked"),
             "the tree may replace pages of a running request by its own copies",
+        ),
+        Target(
+            "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
+            "around",
+            _stream_output,
+            ("self", "reqs", "return_logprob", "skip_req"),
+            "requests that asked for their bits travel apart: in one message SGLang pads the others' meta_info",
         ),
         Target(
             "sglang.srt.models.utils.enable_fused_set_kv_buffer",

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import requests
@@ -83,9 +88,32 @@ def test_problems_shrink_finish_and_are_right(server: Server) -> None:
     assert "eff bits:" in server.new_log()
 
 
-def test_meta_info_is_silent_unless_asked(server: Server) -> None:
-    answer = server.generate(input_ids=[5, 6, 7], sampling_params={"temperature": 0, "max_new_tokens": 4})
-    assert "pmkvq_kv_bits" not in answer["meta_info"]
+@pytest.mark.parametrize("stream", [False, True])
+def test_meta_info_tells_those_who_asked_and_no_one_else(server: Server, stream: bool) -> None:
+    """Requests that end at different times share messages with others that are in mid-answer."""
+    bodies = []
+    for i, prompt in enumerate(random_prompts(11, 12, 20, 100)):
+        params = {"temperature": 0, "max_new_tokens": 30 + 17 * i, "ignore_eos": True}
+        if i % 2:
+            params["custom_params"] = ASK_BITS
+        bodies.append({"input_ids": prompt, "sampling_params": params, "stream": stream})
+
+    def last(body: dict[str, Any]) -> dict[str, Any]:
+        with requests.post(f"{server.url}/generate", json=body, stream=stream, timeout=300) as response:
+            if not stream:
+                return response.json()
+            lines = [x for x in response.iter_lines(decode_unicode=True) if x.startswith("data: {")]
+        assert all("pmkvq_kv_bits" not in json.loads(x.removeprefix("data: "))["meta_info"] for x in lines[:-1])
+        return json.loads(lines[-1].removeprefix("data: "))
+
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = list(pool.map(last, bodies))
+    for i, answer in enumerate(answers):
+        assert answer["meta_info"]["completion_tokens"] == 30 + 17 * i
+        if i % 2:
+            assert answer["meta_info"]["pmkvq_kv_bits"] == [{"lowest": ANY, "mean": ANY}]
+        else:
+            assert "pmkvq_kv_bits" not in answer["meta_info"]
 
 
 def test_prometheus_agrees_with_the_ledger(server: Server) -> None:
@@ -119,13 +147,26 @@ def test_shared_prefix_exists_once_and_shrinks_once(server: Server) -> None:
         {"input_ids": prefix + t, "sampling_params": {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}}
         for t in tail[:16]
     ]
-    answers = generate_many(server, bodies, 16)
+    before = server.pool()["shrinks"]
+    held = []
+    with ThreadPoolExecutor(1) as background:
+        running = background.submit(generate_many, server, bodies, 16)
+        while not running.done():
+            pool = server.pool()
+            held.append((pool["running_requests"], pool["mapped_pages"]))
+            time.sleep(0.2)
+        answers = running.result()
     assert all(a["meta_info"]["cached_tokens"] == len(prefix) for a in answers)
     pool = server.pool()
-    own = 16 * ((24 + 150) // PAGE)
-    # The prefix's pages exist once, not once per request: all that is mapped is one prefix and the tails.
-    assert pool["mapped_pages"] <= len(prefix) // PAGE + own
-    assert pool["shrinks"]["16->8"] > 0
+    held.append((pool["running_requests"], pool["mapped_pages"]))
+    assert max(requests_running for requests_running, _ in held) == 16
+    # The prefix's pages exist once, not once per request: all that is ever mapped is one prefix and the tails.
+    most = len(prefix) // PAGE + 16 * math.ceil((24 + 150) / PAGE)
+    assert max(pages for _, pages in held) <= most
+    # And each page shrinks once per step, its K and its V, however many requests share it.
+    for step in ("16->8", "8->4"):
+        assert pool["shrinks"].get(step, 0) - before.get(step, 0) <= 2 * most
+    assert pool["shrinks"]["16->8"] > before.get("16->8", 0)
     (last,) = generate_many(server, [{**bodies[0], "input_ids": prefix + tail[16]}], 1)
     assert last["meta_info"]["cached_tokens"] == len(prefix)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sglang_pmkvq.metrics import _AtEnd
 from sglang_pmkvq.report import draw, format_bytes, summarize, write_report
 from sglang_pmkvq.timeline import SCHEMA_KEY, TIER_KEYS, TimelineWriter, read_timeline
 
@@ -291,3 +292,13 @@ def test_report_of_very_many_rows_keeps_the_last(tmp_path: Path) -> None:
 )
 def test_format_bytes(count: float, text: str) -> None:
     assert format_bytes(count) == text
+
+
+def test_a_value_of_the_whole_request_survives_any_slice_of_the_tokens() -> None:
+    """SGLang slices what it sends, and clients of increments are shown ``list[tokens seen:]``."""
+    whole = _AtEnd({"lowest": 4}, padded=False)
+    assert whole[0:70] == whole[50:70] == whole[:] == [{"lowest": 4}]
+    increments = _AtEnd({"lowest": 4}, padded=True)
+    assert increments[50:70][50:] == [{"lowest": 4}]
+    assert increments[0:70] == [{"lowest": 4}]
+    assert increments[0] == {"lowest": 4}

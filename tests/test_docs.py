@@ -1,0 +1,45 @@
+"""What the documents claim is what tests run and result files say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import summary
+from tests.test_server_modes import MATRIX, SAMPLE
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "benchmarks" / "reasoner" / "README.md"])
+
+
+def test_results_page_is_made_from_the_result_files() -> None:
+    assert (ROOT / "docs" / "results.md").read_text() == summary.page(), "run `python -m benchmarks.summary`"
+
+
+def test_every_result_file_is_on_the_page() -> None:
+    named = {name for name, *_ in summary.SECTIONS}
+    assert {path.stem for path in summary.RESULTS.glob("*.json")} <= named
+
+
+def test_what_the_support_matrix_calls_tested_is_a_case() -> None:
+    text = (ROOT / "docs" / "support_matrix.md").read_text()
+    tested = set()
+    for architecture, dims, pages in re.findall(
+        r"^\| (\w+)[^|]* \| ([\d, ]+) \| ([\d, ]+) \| tested", text, re.MULTILINE
+    ):
+        tested |= {(architecture.lower(), int(d), int(p)) for d in dims.split(",") for p in pages.split(",")}
+    assert tested == set(MATRIX)
+    for part in range(3):
+        assert {row[part] for row in SAMPLE} == {row[part] for row in MATRIX} - {"mistral"}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_tests_that_documents_name_exist(path: Path) -> None:
+    text = path.read_text()
+    assert not re.search(r"\b(TODO|TBD|FIGURES|TRAINING)\b|<!-- (draft|results)", text)
+    for name in re.findall(r"`((?:tests|benchmarks|docs|kernels|patches|calib|sglang_pmkvq)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert any(f"def {name}(" in file.read_text() for file in (ROOT / "tests").glob("*.py")), name
