@@ -66,6 +66,8 @@ SUITES: dict[str, tuple[Row, ...]] = {
         ours("final 8, 55 %", 0.55, "8"),
         ours("final 4, 35 %", 0.35, "4"),
         ours("final 2, 22 %", 0.22, "2"),
+    ),
+    "static": (
         ours("static 8", None, "8", *STATIC),
         ours("static 4", None, "4", *STATIC),
         ours("static 2", None, "2", *STATIC),
@@ -172,6 +174,7 @@ def measure(
         "problems": len(problems),
         "right": sum(right),
         "accuracy": sum(right) / len(right),
+        "wrong": [i for i, ok in enumerate(right) if not ok],
         "confidence95": wilson(sum(right), len(right)),
         "finished": sum(a["meta_info"]["finish_reason"] is not None for a in answers),
         "output_tokens": sum(a["meta_info"]["completion_tokens"] for a in answers),
@@ -238,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lines", default="64-128", help="program lines, low-high")
     parser.add_argument("--chunk", type=int, default=512, help="--chunked-prefill-size of every row")
     parser.add_argument("--only", help="rows whose name contains this")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="result file; the same command goes on with the rows that it lacks")
     options = parser.parse_args(argv)
     low, _, high = options.lines.partition("-")
     result: dict[str, Any] = {
@@ -247,8 +250,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "options": {k: str(v) for k, v in vars(options).items()},
         "rows": [],
     }
+    if options.out and options.out.is_file():
+        earlier = json.loads(options.out.read_text())
+        if earlier["command"] == result["command"]:
+            result = earlier
+    done = {r["row"]["name"] for r in result["rows"]}
     for row in SUITES[options.suite]:
-        if options.only and options.only not in row.name:
+        if row.name in done or (options.only and options.only not in row.name):
             continue
         problems = problem_set(options.problems, row.lines or int(low), row.lines or int(high or low))
         ids, _ = prompt_ids(options.model, problems)
