@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, plan_launches, step_costs
+from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, decode_tile, plan_launches
 from sglang_pmkvq.kernels.launch import Launch, dot_dtype, interpreted, mantissa_bits, next_power_of_two, upload
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.triton.decode import decode_kernel, merge_kernel
@@ -202,8 +202,6 @@ def _layer_args(plan: DevicePlan, layer: int) -> dict[str, object]:
         "k_units": buffers.k_units,
         "v_units": buffers.v_units,
         "list_stride": buffers.max_pages,
-        "tier_indptr": buffers.tier_indptr,
-        "tier_tokens": buffers.tier_tokens,
         "q_row": plan.q_row,
         "K_TIERS": tuple(k for k, _ in tiers),
         "V_TIERS": tuple(v for _, v in tiers),
@@ -224,7 +222,7 @@ def decode_launch(
     buffers = plan.buffers
     assert buffers is not None
     storage = buffers.storage
-    heads, d = storage.shape.num_kv_heads, storage.shape.head_dim
+    heads = storage.shape.num_kv_heads
     args = {
         **_layer_args(plan, layer),
         "q": q,
@@ -234,16 +232,17 @@ def decode_launch(
         "part_lse": partials.lse,
         "split_indptr": buffers.split_indptr,
         "item_request": buffers.item_request,
+        "item_first": buffers.item_first,
+        "item_tokens": buffers.item_tokens,
         "num_requests": plan.requests,
         "sm_scale": float(scale),
         "logit_cap": float(logit_cap),
-        "COSTS": step_costs(storage),
         "GQA": q.shape[1] // heads,
         "M": DECODE_ROWS,
-        "N": 64 if d <= 128 else 32,
+        "N": decode_tile(storage),
         "CAP": logit_cap > 0.0,
     }
-    return Launch(decode_kernel, (heads, plan.singles + buffers.target), args, num_warps=4, num_stages=2)
+    return Launch(decode_kernel, (heads, plan.singles + buffers.target), args, num_warps=4, num_stages=3)
 
 
 def merge_launch(
@@ -292,6 +291,8 @@ def extend_launch(
         "out_stride_h": out.stride(1),
         "lse": lse,
         "cols": buffers.cols,
+        "tier_indptr": buffers.tier_indptr,
+        "tier_tokens": buffers.tier_tokens,
         "tile_request": tile_request,
         "tile_first": tile_first,
         "q_len": plan.q_len,

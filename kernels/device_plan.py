@@ -19,7 +19,8 @@ CHUNK_PAGES = 256
 COST_OVERHEAD = 4
 # Programs that decode aims at, per multiprocessor: enough to hide latency, few enough to merge.
 PROGRAMS_PER_SM = 4
-DEFAULT_SMS = 132
+# Multiprocessors assumed on the CPU, where kernels run in the interpreter.
+DEFAULT_SMS = 8
 # A split shorter than this many 16-bit tokens costs more to merge than it gains.
 MIN_SPLIT_TOKENS = 128
 
@@ -27,6 +28,11 @@ MIN_SPLIT_TOKENS = 128
 def step_costs(storage: GroupStorage) -> tuple[int, ...]:
     """Cost of a page per step, in arbitrary units proportional to the time to read it."""
     return tuple((k + v + COST_OVERHEAD) * (storage.shape.page_size // 16) for k, v in storage.group.steps)
+
+
+def decode_tile(storage: GroupStorage) -> int:
+    """Tokens that a decode program reads per iteration: what fits the registers without spilling."""
+    return 64 if storage.shape.head_dim <= 128 else 32
 
 
 def target_items(storage: GroupStorage) -> int:
@@ -72,6 +78,8 @@ class PlanBuffers:
         tier_tokens: ``[max_requests, steps]``, tokens per step, a partial last page counted as it is.
         split_indptr: ``[max_requests + 1]``, items of each request.
         item_request: ``[max_requests + target]``, request of each item.
+        item_first, item_tokens: ``[max_requests + target, steps]``, where an item's share of a step
+            starts in the lists, and how many tokens it is.
         target: items that the schedule aims at over all requests.
         unmapped: ``[1]``, pages without a block met since the start; they read block 0. Looking at it
             waits for the device.
@@ -90,6 +98,8 @@ class PlanBuffers:
     tier_tokens: torch.Tensor
     split_indptr: torch.Tensor
     item_request: torch.Tensor
+    item_first: torch.Tensor
+    item_tokens: torch.Tensor
     unmapped: torch.Tensor
 
     @classmethod
@@ -103,7 +113,6 @@ class PlanBuffers:
         def empty(*dims: int) -> torch.Tensor:
             return torch.zeros(dims, dtype=torch.int32, device=storage.device)
 
-        # Whole chunks, so that every store of the scatter pass has room.
         lists = (max_requests, max_pages)
         k_units = empty(*lists)
         return cls(
@@ -120,6 +129,8 @@ class PlanBuffers:
             tier_tokens=empty(max_requests, steps),
             split_indptr=empty(max_requests + 1),
             item_request=empty(max_requests + target),
+            item_first=empty(max_requests + target, steps),
+            item_tokens=empty(max_requests + target, steps),
             unmapped=empty(1),
         )
 
@@ -134,7 +145,8 @@ class PlanBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes of workspace; not part of the pool's budget."""
-        own = [self.counts, self.pages, self.k_units, self.tier_indptr, self.tier_tokens, self.item_request]
+        own = [self.counts, self.pages, self.k_units, self.tier_indptr, self.tier_tokens, self.split_indptr]
+        own += [self.item_request, self.item_first, self.item_tokens]
         own += [t for t in (self.cols, None if self.v_units is self.k_units else self.v_units) if t is not None]
         return sum(t.nbytes for t in own)
 
@@ -208,4 +220,23 @@ def plan_launches(
             "R": next_power_of_two(buffers.max_requests),
         },
     )
-    return count, scatter, schedule
+    tile_pages = max(1, decode_tile(storage) // storage.shape.page_size)
+    ranges = Launch(
+        kernels.ranges_kernel,
+        (requests + buffers.target,),
+        {
+            "tier_indptr": buffers.tier_indptr,
+            "tier_tokens": buffers.tier_tokens,
+            "split_indptr": buffers.split_indptr,
+            "item_request": buffers.item_request,
+            "num_requests": requests,
+            "item_first": buffers.item_first,
+            "item_tokens": buffers.item_tokens,
+            "COSTS": costs,
+            "STEPS": steps,
+            "ALIGN": tile_pages,
+            "P": storage.shape.page_size,
+        },
+        num_warps=1,
+    )
+    return count, scatter, schedule, ranges

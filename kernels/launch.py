@@ -26,6 +26,7 @@ class Launch:
         grid: programs per axis.
         args: every argument by name; tensors, ints, floats, and constexpr values.
         num_warps, num_stages: warps per program, depth of software pipelining.
+        maxnreg: most registers per thread, or None: more programs fit a multiprocessor.
     """
 
     kernel: Any
@@ -33,11 +34,16 @@ class Launch:
     args: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
 
     def run(self) -> None:
         """Launches on the current stream; nothing happens for an empty grid."""
         if min(self.grid) > 0:
-            self.kernel[self.grid](**self.args, num_warps=self.num_warps, num_stages=self.num_stages)
+            self.kernel[self.grid](**self.args, **self.options)
 
 
 def uses_triton(storage: GroupStorage, backend: Backend = "auto") -> bool:

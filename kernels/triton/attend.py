@@ -41,19 +41,31 @@ def cat2(a, b):
 
 
 @triton.jit
-def concat(parts, N: tl.constexpr):
-    """One tensor from N = 1, 2, 4 or 8 column blocks."""
+def concat(parts, N: tl.constexpr, FIRST: tl.constexpr = 0):
+    """One tensor from N = 2^i column blocks, counted from FIRST."""
     if N == 1:
-        return parts[0]
-    elif N == 2:
-        return cat2(parts[0], parts[1])
-    elif N == 4:
-        return cat2(cat2(parts[0], parts[1]), cat2(parts[2], parts[3]))
+        return parts[FIRST]
     else:
-        return cat2(
-            cat2(cat2(parts[0], parts[1]), cat2(parts[2], parts[3])),
-            cat2(cat2(parts[4], parts[5]), cat2(parts[6], parts[7])),
-        )
+        return cat2(concat(parts, N // 2, FIRST), concat(parts, N // 2, FIRST + N // 2))
+
+
+@triton.jit
+def halves(x):
+    """The first and the second half of the columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def column_blocks(x, N: tl.constexpr):
+    """Inverse of ``concat``."""
+    if N == 1:
+        return (x,)
+    elif N == 2:
+        a, b = halves(x)
+        return (a, b)
+    else:
+        a, b = halves(x)
+        return column_blocks(a, N // 2) + column_blocks(b, N // 2)
 
 
 @triton.jit
@@ -78,10 +90,10 @@ def rescale(x, alpha, DEFER: tl.constexpr):
 
 
 @triton.jit
-def load_query(q_rows, row_ok, first, N: tl.constexpr, key_scale, SCALED: tl.constexpr, DOT: tl.constexpr):
+def load_query(q, q_offset, row_ok, first, N: tl.constexpr, key_scale, SCALED: tl.constexpr, DOT: tl.constexpr):
     """Columns ``first .. first + N`` of the query rows in DOT, times the key scale if SCALED."""
     column = first + tl.arange(0, N)
-    x = tl.load(q_rows[:, None] + column[None, :], mask=row_ok[:, None], other=0.0)
+    x = tl.load(q + (q_offset[:, None] + column[None, :]), mask=row_ok[:, None], other=0.0)
     if SCALED:
         scale = tl.load(key_scale + column)
         return (x.to(tl.float32) * scale[None, :]).to(DOT)
@@ -99,7 +111,7 @@ def load_pairs(meta, page, head, t, H: tl.constexpr, NG: tl.constexpr, P: tl.con
 @triton.jit
 def attend_step(
     state,  # maximum [M], sum [M] or [M, N] (DEFER), acc [M, D]
-    q_rows, row_ok, q_pos,  # pointers [M], bool [M], positions [M] (CAUSAL)
+    q, q_offset, row_ok, q_pos,  # base, elements [M], bool [M], positions [M] (CAUSAL)
     key_scale,  # fp32 [D] of this head, or None
     k16, v16, k_codes, v_codes, k_meta, v_meta,  # bases of the layer
     pages, k_units, v_units, cols,  # bases of the request's lists
@@ -118,12 +130,11 @@ def attend_step(
     VW: tl.constexpr = D * VT // 8
     UNIT: tl.constexpr = P * H * D // 4
     m, total, acc = state
-    m_before = m
 
     q_parts = ()
     q_sums = ()
     for i in tl.static_range(D // KC):
-        part = load_query(q_rows, row_ok, i * KC, KC, key_scale, key_scale is not None and KT < 16, DOT)
+        part = load_query(q, q_offset, row_ok, i * KC, KC, key_scale, key_scale is not None and KT < 16, DOT)
         q_parts = q_parts + (part,)
     if KT < 16:
         for g in tl.static_range(NG):
@@ -131,10 +142,10 @@ def attend_step(
             for i in tl.static_range(G // KC):
                 q_sum += tl.sum(q_parts[g * (G // KC) + i].to(tl.float32), axis=1)
             q_sums = q_sums + (q_sum,)
-    outs = ()
+    # What came before goes through this loop's accumulators, so that nothing else stays live.
+    VALUE: tl.constexpr = 1.0 if VT == 16 else code_step(VT, MANTISSA) / ((1 << VT) - 1)
+    outs = column_blocks(acc * (1.0 / VALUE), D // VC)
     zeros = ()
-    for _i in tl.static_range(D // VC):
-        outs = outs + (tl.zeros((M, VC), dtype=tl.float32),)
     if VT < 16:
         for _g in tl.static_range(NG):
             zeros = zeros + (fold(tl.zeros((M, N), dtype=tl.float32), DEFER),)
@@ -224,16 +235,11 @@ def attend_step(
                 new = new + (tl.dot(weights[i * VC // G], x, outs[i] * alpha[:, None]),)
         outs = new
 
-    # The loop rescaled its own accumulators; what came before catches up once.
-    base = tl.where(m == float("-inf"), 0.0, m)
-    acc = acc * tl.exp2(m_before - base)[:, None]
     if VT == 16:
-        acc += outs[0]
+        return m, total, outs[0]
     else:
-        VALUE: tl.constexpr = code_step(VT, MANTISSA) / ((1 << VT) - 1)
         done = ()
         for k in tl.static_range(D // VC):
             zero_term = tl.sum(zeros[k * VC // G], axis=1) if DEFER else zeros[k * VC // G]
             done = done + (outs[k] * VALUE + zero_term[:, None],)
-        acc += concat(done, D // VC)
-    return m, total, acc
+        return m, total, concat(done, D // VC)

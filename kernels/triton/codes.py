@@ -57,9 +57,14 @@ def widen(
     if code_bias(BITS, MANTISSA) == 0.0:
         return raw.to(DOT)
     elif ASM:
-        return tl.inline_asm_elementwise(
-            widen_asm(BITS, PLANE, MANTISSA), "=r,=r,r", [raw], dtype=DOT, is_pure=True, pack=4
-        )
+        if MANTISSA == 7:
+            return tl.inline_asm_elementwise(
+                widen_asm(BITS, PLANE, MANTISSA), "=r,=r,r", [raw], dtype=tl.bfloat16, is_pure=True, pack=4
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                widen_asm(BITS, PLANE, MANTISSA), "=r,=r,r", [raw], dtype=tl.float16, is_pure=True, pack=4
+            )
     else:
         code = (raw >> (PLANE * BITS)) & ((1 << BITS) - 1)
         return (1.0 + code.to(tl.float32) * (1.0 / code_step(BITS, MANTISSA))).to(DOT)

@@ -7,25 +7,14 @@ from sglang_pmkvq.kernels.triton.attend import LN2, attend_step
 
 
 @triton.jit
-def share(x, before, cost: tl.constexpr, count, ALIGN: tl.constexpr):
-    """Pages of a step (of ``count``, ``cost`` each) that lie before position x of a request's work.
-
-    Neighbouring splits ask with the same x, so their ranges meet. Multiples of ALIGN pages, so that
-    only the last tile of a step is partial.
-    """
-    pages = tl.cdiv(tl.maximum(x - before, 0), cost * ALIGN) * ALIGN
-    return tl.minimum(pages, count).to(tl.int32)
-
-
-@triton.jit
 def decode_kernel(
     q, q_stride_t, q_stride_h,
     part_out, part_lse,  # fp32 [items, Hq, D], [items, Hq] natural log
     k16, v16, k_codes, v_codes, k_meta, v_meta, key_scale,
     pages, k_units, v_units, list_stride,
-    tier_indptr, tier_tokens, split_indptr, item_request, q_row,
+    split_indptr, item_request, item_first, item_tokens, q_row,
     num_requests, sm_scale, logit_cap,
-    K_TIERS: tl.constexpr, V_TIERS: tl.constexpr, COSTS: tl.constexpr, STEPS: tl.constexpr,
+    K_TIERS: tl.constexpr, V_TIERS: tl.constexpr, STEPS: tl.constexpr,
     H: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, MANTISSA: tl.constexpr, ASM: tl.constexpr,
     CAP: tl.constexpr,
@@ -36,40 +25,23 @@ def decode_kernel(
     if item >= tl.load(split_indptr + num_requests):
         return
     request = tl.load(item_request + item)
-    first_item = tl.load(split_indptr + request)
-    splits = tl.load(split_indptr + request + 1) - first_item
-    split = item - first_item
-    indptr = tier_indptr + request * (STEPS + 1)
-    tokens = tier_tokens + request * STEPS
-    list_base = request.to(tl.int64) * list_stride
-
-    work = tl.zeros((), dtype=tl.int64)
-    for step in tl.static_range(STEPS):
-        work += (tl.load(indptr + step + 1) - tl.load(indptr + step)).to(tl.int64) * COSTS[step]
-    low = work * split // splits
-    high = work * (split + 1) // splits
-
+    list_base = request * list_stride
     row = tl.arange(0, M)
     row_ok = row < GQA
-    q_rows = q + tl.load(q_row + request).to(tl.int64) * q_stride_t + (head * GQA + row) * q_stride_h
+    q += tl.load(q_row + request).to(tl.int64) * q_stride_t + head * GQA * q_stride_h
+    q_offset = row * q_stride_h
     scale_head = None if key_scale is None else key_scale + head * D
     peak = tl.full((M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((M, N), dtype=tl.float32)
     acc = tl.zeros((M, D), dtype=tl.float32)
-    before = tl.zeros((), dtype=tl.int64)
     for step in tl.static_range(STEPS):
-        start = tl.load(indptr + step)
-        count = tl.load(indptr + step + 1) - start
-        first = share(low, before, COSTS[step], count, N // P)
-        last = share(high, before, COSTS[step], count, N // P)
-        before += count.to(tl.int64) * COSTS[step]
-        n_valid = tl.minimum(last * P, tl.load(tokens + step)) - first * P
+        n_valid = tl.load(item_tokens + item * STEPS + step)
         if n_valid > 0:
             peak, total, acc = attend_step(
-                (peak, total, acc), q_rows, row_ok, None, scale_head,
+                (peak, total, acc), q, q_offset, row_ok, None, scale_head,
                 k16, v16, k_codes, v_codes, k_meta, v_meta,
                 pages + list_base, k_units + list_base, v_units + list_base, None,
-                start + first, n_valid, head, sm_scale, logit_cap,
+                tl.load(item_first + item * STEPS + step), n_valid, head, sm_scale, logit_cap,
                 K_TIERS[step], V_TIERS[step], H, D, G, P, M, N, DOT, MANTISSA, ASM, False, CAP, True,
             )  # fmt: skip
 

@@ -44,13 +44,13 @@ def extend_kernel(
     member = row % ROWS_PER_QUERY
     row_ok = (query < queries) & (member < GQA)
     q_pos = prefix + query
-    token = tl.load(q_row + request) + query
-    q_head = head * GQA + member
-    q_rows = q + token.to(tl.int64) * q_stride_t + q_head * q_stride_h
+    first_token = (tl.load(q_row + request) + first_query).to(tl.int64)
+    q += first_token * q_stride_t + head * GQA * q_stride_h
+    q_offset = row // ROWS_PER_QUERY * q_stride_t + member * q_stride_h
     last_position = prefix + tl.minimum(first_query + M // ROWS_PER_QUERY, queries) - 1
 
     indptr = tier_indptr + request * (STEPS + 1)
-    list_base = request.to(tl.int64) * list_stride
+    list_base = request * list_stride
     scale_head = None if key_scale is None else key_scale + head * D
     peak = tl.full((M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((M,), dtype=tl.float32)
@@ -63,7 +63,7 @@ def extend_kernel(
         n_valid = tl.minimum(seen * P, tl.load(tier_tokens + request * STEPS + step))
         if n_valid > 0:
             peak, total, acc = attend_step(
-                (peak, total, acc), q_rows, row_ok, q_pos, scale_head,
+                (peak, total, acc), q, q_offset, row_ok, q_pos, scale_head,
                 k16, v16, k_codes, v_codes, k_meta, v_meta,
                 pages + list_base, k_units + list_base, v_units + list_base, cols + list_base,
                 start, n_valid, head, sm_scale, logit_cap,
@@ -71,9 +71,11 @@ def extend_kernel(
             )  # fmt: skip
 
     result = acc / tl.where(peak == float("-inf"), 1.0, total)[:, None]
-    at = token.to(tl.int64) * out_stride_t + q_head * out_stride_h
+    out += first_token * out_stride_t + head * GQA * out_stride_h
+    at = row // ROWS_PER_QUERY * out_stride_t + member * out_stride_h
     tl.store(
         out + at[:, None] + tl.arange(0, D)[None, :], result.to(out.dtype.element_ty), mask=row_ok[:, None]
     )
     if lse is not None:
-        tl.store(lse + token.to(tl.int64) * (H * GQA) + q_head, (peak + tl.log2(total)) * LN2, mask=row_ok)
+        at = row // ROWS_PER_QUERY * (H * GQA) + member
+        tl.store(lse + first_token * (H * GQA) + head * GQA + at, (peak + tl.log2(total)) * LN2, mask=row_ok)

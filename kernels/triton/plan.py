@@ -133,3 +133,47 @@ def schedule_kernel(
     most = tl.max(splits, axis=0)
     for i in range(0, most):
         tl.store(item_request + begin + i, r, mask=i < splits)
+
+
+@triton.jit
+def share(x, before, cost: tl.constexpr, count, ALIGN: tl.constexpr):
+    """Pages of a step (of ``count``, ``cost`` each) that lie before position x of a request's work.
+
+    Neighbouring splits ask with the same x, so their ranges meet. Multiples of ALIGN pages, so that
+    only the last tile of a step is partial.
+    """
+    return tl.minimum(tl.cdiv(tl.maximum(x - before, 0), cost * ALIGN) * ALIGN, count)
+
+
+@triton.jit
+def ranges_kernel(
+    tier_indptr, tier_tokens, split_indptr, item_request, num_requests, item_first, item_tokens,
+    COSTS: tl.constexpr, STEPS: tl.constexpr, ALIGN: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """First list entry and tokens of each item in each step; one program per item.
+
+    Here and not in decode, which would do it again per layer and head and keep it in registers.
+    """
+    item = tl.program_id(0)
+    if item >= tl.load(split_indptr + num_requests):
+        return
+    request = tl.load(item_request + item)
+    first_item = tl.load(split_indptr + request)
+    splits = tl.load(split_indptr + request + 1) - first_item
+    indptr = tier_indptr + request * (STEPS + 1)
+    work = tl.load(indptr) * 0
+    for step in tl.static_range(STEPS):
+        work += (tl.load(indptr + step + 1) - tl.load(indptr + step)) * COSTS[step]
+    per_split = tl.cdiv(work, splits)
+    low = (item - first_item) * per_split
+    high = low + per_split
+    before = work * 0
+    for step in tl.static_range(STEPS):
+        start = tl.load(indptr + step)
+        count = tl.load(indptr + step + 1) - start
+        first = share(low, before, COSTS[step], count, ALIGN)
+        last = share(high, before, COSTS[step], count, ALIGN)
+        before += count * COSTS[step]
+        tokens = tl.minimum(last * P, tl.load(tier_tokens + request * STEPS + step)) - first * P
+        tl.store(item_first + item * STEPS + step, start + first)
+        tl.store(item_tokens + item * STEPS + step, tokens)
