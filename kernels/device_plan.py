@@ -32,7 +32,8 @@ def step_costs(storage: GroupStorage) -> tuple[int, ...]:
 
 def decode_tile(storage: GroupStorage) -> int:
     """Tokens that a decode program reads per iteration: what fits the registers without spilling."""
-    return 64 if storage.shape.head_dim <= 128 else 32
+    s = storage.shape
+    return 64 if s.head_dim <= 128 and s.groups_per_head == 1 else 32
 
 
 def target_items(storage: GroupStorage) -> int:
