@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, decode_tile, plan_launches
+from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, token_tile, plan_launches
 from sglang_pmkvq.kernels.launch import Launch, dot_dtype, interpreted, mantissa_bits, next_power_of_two, upload
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.triton.decode import decode_kernel, merge_kernel
@@ -16,6 +16,8 @@ from sglang_pmkvq.kernels.triton.extend import extend_kernel
 MAX_GQA = 16
 # The tensor cores' smallest tile of rows; a GQA group is padded to it.
 DECODE_ROWS = 16
+# Query rows (queries times GQA members) of an extend program: one warpgroup's matrix instruction.
+EXTEND_ROWS = 64
 
 
 class DecodeBuffers:
@@ -239,7 +241,7 @@ def decode_launch(
         "logit_cap": float(logit_cap),
         "GQA": q.shape[1] // heads,
         "M": DECODE_ROWS,
-        "N": decode_tile(storage),
+        "N": token_tile(storage),
         "CAP": logit_cap > 0.0,
     }
     return Launch(decode_kernel, (heads, plan.singles + buffers.target), args, num_warps=4, num_stages=3)
@@ -276,10 +278,10 @@ def extend_launch(
     buffers = plan.buffers
     assert buffers is not None
     storage = buffers.storage
-    heads, d = storage.shape.num_kv_heads, storage.shape.head_dim
+    heads = storage.shape.num_kv_heads
     gqa = q.shape[1] // heads
     per_query = next_power_of_two(gqa)
-    rows = 64
+    rows = EXTEND_ROWS
     tile_request, tile_first = plan.tiles(rows // per_query)
     args = {
         **_layer_args(plan, layer),
@@ -301,7 +303,7 @@ def extend_launch(
         "logit_cap": float(logit_cap),
         "GQA": gqa,
         "M": rows,
-        "N": 64 if d <= 128 else 32,
+        "N": token_tile(storage),
         "ROWS_PER_QUERY": per_query,
         "CAP": logit_cap > 0.0,
     }

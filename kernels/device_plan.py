@@ -30,8 +30,8 @@ def step_costs(storage: GroupStorage) -> tuple[int, ...]:
     return tuple((k + v + COST_OVERHEAD) * (storage.shape.page_size // 16) for k, v in storage.group.steps)
 
 
-def decode_tile(storage: GroupStorage) -> int:
-    """Tokens that a decode program reads per iteration: what fits the registers without spilling."""
+def token_tile(storage: GroupStorage) -> int:
+    """Tokens that a program reads per iteration: what fits the registers without spilling in decode."""
     s = storage.shape
     return 64 if s.head_dim <= 128 and s.groups_per_head == 1 else 32
 
@@ -221,7 +221,7 @@ def plan_launches(
             "R": next_power_of_two(buffers.max_requests),
         },
     )
-    tile_pages = max(1, decode_tile(storage) // storage.shape.page_size)
+    tile_pages = max(1, token_tile(storage) // storage.shape.page_size)
     ranges = Launch(
         kernels.ranges_kernel,
         (requests + buffers.target,),
