@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of the Triton kernels for GPUs that are not there: what ptxas says about each.
 
-    python -m benchmarks.kernels_aot            remakes benchmarks/results/kernels_aot.json (all configurations)
-    python -m benchmarks.kernels_aot --check    compiles and compares, writes nothing
+    python -m benchmarks.kernels_aot                remakes benchmarks/results/kernels_aot.json
+    python -m benchmarks.kernels_aot --only TEXT    the configurations whose name contains TEXT, others kept
 
 Launches are built by the same code that runs them, on small CPU tensors, and compiled instead of run.
 """
@@ -68,27 +68,32 @@ class Config:
 def configs() -> Iterator[Config]:
     """Every configuration of the table. ``sample()`` is the part that the normal test suite compiles."""
     for arch in ARCHITECTURES:
-        for kernel in ("decode", "extend"):
-            for dtype in DTYPES:
-                for finals in FINALS:
-                    for d in (64, 128, 256):
-                        yield Config(kernel, arch, dtype, d, min(d, 128), finals=finals)
-            for g in (32, 64):
-                yield Config(kernel, arch, group_size=g)
-            yield Config(kernel, arch, head_dim=256, group_size=32)
-            for p in (32, 64):
-                yield Config(kernel, arch, page_size=p)
-            for gqa in (1, 8, 16):
-                yield Config(kernel, arch, gqa=gqa)
-            yield Config(kernel, arch, key_scale=True, logit_cap=True)
-        for kernel in ("merge", "store", "count", "scatter", "schedule", "ranges", "table"):
+        for finals in FINALS:
             for d in (64, 128, 256):
+                for dtype in DTYPES:
+                    yield Config("decode", arch, dtype, d, min(d, 128), finals=finals)
+            yield Config("extend", arch, finals=finals)
+        yield Config("extend", arch, "fp16")
+        for d in (64, 256):
+            yield Config("extend", arch, head_dim=d, group_size=min(d, 128))
+        for g in (32, 64):
+            yield Config("decode", arch, group_size=g)
+        yield Config("decode", arch, head_dim=256, group_size=32)
+        for p in (32, 64):
+            yield Config("decode", arch, page_size=p)
+        for gqa in (1, 8, 16):
+            yield Config("decode", arch, gqa=gqa)
+        for kernel in ("decode", "extend"):
+            yield Config(kernel, arch, key_scale=True, logit_cap=True)
+        for d in (64, 128, 256):
+            for kernel in ("merge", "store"):
                 yield Config(kernel, arch, head_dim=d, group_size=min(d, 128))
-        for dtype in DTYPES:
             for finals in ((8, 8), (4, 4), (2, 2), (4, 2)):
-                for d in (64, 128, 256):
-                    yield Config("copy", arch, dtype, d, min(d, 128), finals=finals)
+                yield Config("copy", arch, head_dim=d, group_size=min(d, 128), finals=finals)
+        yield Config("copy", arch, "fp16", finals=(2, 2))
         yield Config("copy", arch, group_size=32, key_scale=True)
+        for kernel in ("count", "scatter", "schedule", "ranges", "table"):
+            yield Config(kernel, arch)
 
 
 def sample() -> Iterator[Config]:
@@ -212,18 +217,17 @@ def measure(config: Config) -> dict[str, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with the committed table instead of writing it")
     parser.add_argument("--only", default="", help="configurations whose name contains this")
-    arguments = parser.parse_args()
+    only = parser.parse_args().only
+    known = list(configs())
+    old = json.loads(RESULTS.read_text())["kernels"] if only and RESULTS.exists() else {}
     table: dict[str, dict[str, int]] = {}
-    for config in configs():
-        if arguments.only in config.name:
+    for config in known:
+        if only in config.name:
             table[config.name] = measure(config)
             print(config.name, *(f"{k}={v}" for k, v in table[config.name].items()), flush=True)
-    if arguments.only:
-        return 0
-    if arguments.check:
-        return 0 if json.loads(RESULTS.read_text())["kernels"] == table else 1
+        elif config.name in old:
+            table[config.name] = old[config.name]
     import triton
 
     head = {"command": "python -m benchmarks.kernels_aot", "triton": triton.__version__}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, token_tile, plan_launches
+from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, plan_launches, token_tile
 from sglang_pmkvq.kernels.launch import Launch, dot_dtype, interpreted, mantissa_bits, next_power_of_two, upload
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.triton.decode import decode_kernel, merge_kernel

@@ -16,7 +16,6 @@ and page 0 stand in for absent rows.
 
 import triton
 import triton.language as tl
-
 from sglang_pmkvq.kernels.triton.codes import code_bias, code_step, widen, zero_and_range
 
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from sglang_pmkvq.kernels.triton.attend import LN2, attend_step
 
 

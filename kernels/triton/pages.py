@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from sglang_pmkvq.kernels.triton.codes import shift_down
 
 FP16_MAX = tl.constexpr(65504.0)
@@ -138,7 +137,7 @@ def copy_kernel(
         # A head's share of the bytes, whatever they mean: P·D/4 per unit.
         SHARE: tl.constexpr = P * D // 4
         n = tl.arange(0, SHARE)
-        for i in range(0, src_tier // 2):
+        for i in range(src_tier // 2):
             at = (i * H + head) * SHARE + n
             tl.store(dst + at, tl.load(src + at))
     elif src_tier == 16:

@@ -131,7 +131,7 @@ def schedule_kernel(
     tl.store(split_indptr + r, begin, mask=ok)
     tl.store(split_indptr + num_requests, tl.sum(splits, axis=0))
     most = tl.max(splits, axis=0)
-    for i in range(0, most):
+    for i in range(most):
         tl.store(item_request + begin + i, r, mask=i < splits)
 
 

@@ -211,8 +211,8 @@ def test_plan_and_run_keep_their_buffers():
 
     def addresses() -> list[int]:
         fields = [getattr(plan.buffers, f.name) for f in dataclasses.fields(plan.buffers)]
-        tensors = [t for t in (*fields, plan.partials.out, plan.partials.lse, plan.q_row) if isinstance(t, torch.Tensor)]
-        return [t.data_ptr() for t in tensors]
+        fields += [plan.partials.out, plan.partials.lse, plan.q_row]
+        return [t.data_ptr() for t in fields if isinstance(t, torch.Tensor)]
 
     wrapper.plan(inputs.storage, inputs.req_pages[:1], torch.tensor([40]))
     before = addresses()

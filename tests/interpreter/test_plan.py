@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sglang_pmkvq.formats import STEP_BITS, STEP_MASK, UNMAPPED, LayerGroup, PageShape
 from sglang_pmkvq.kernels import device_plan
-from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, token_tile, plan_launches, step_costs
+from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, plan_launches, step_costs, token_tile
 from sglang_pmkvq.kernels.reference.inputs import Inputs, make_inputs
 
 SENTINEL = -77
@@ -68,7 +68,8 @@ def check_schedule(buffers: PlanBuffers, lens: list[int], target: int, q_len: li
     indptr = buffers.split_indptr[: requests + 1].tolist()
     active = [q_len is None or q_len[r] == 1 for r in range(requests)]
     assert indptr[0] == 0 and indptr[-1] <= sum(active) + target
-    assert (buffers.item_request[indptr[-1] :] == SENTINEL).all() and (buffers.item_first[indptr[-1] :] == SENTINEL).all()
+    for rest in (buffers.item_request[indptr[-1] :], buffers.item_first[indptr[-1] :]):
+        assert (rest == SENTINEL).all()
     align = max(1, token_tile(storage) // p) * p
     for r in range(requests):
         items = range(indptr[r], indptr[r + 1])

@@ -1,0 +1,55 @@
+"""The Triton kernels compiled ahead of time for GPUs that are not there, and what the generated code holds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import kernels_aot
+from benchmarks.kernels_aot import RESULTS, Config, configs, sample
+
+TABLE = json.loads(RESULTS.read_text())["kernels"]
+NAME = {"ids": lambda config: config.name}
+
+
+def check(config: Config) -> None:
+    row = kernels_aot.measure(config)
+    if config.kernel == "decode" and config.head_dim == 128:
+        assert row["spills"] == 0 and row["stack"] == 0
+    if config.kernel in ("decode", "extend"):
+        assert row["mma"] > 0, "no tensor-core instruction"
+        if config.head_dim >= 128:
+            assert row["loads16"] > 0, "no 16-byte load"
+    assert row == TABLE[config.name], "the table is stale: python -m benchmarks.kernels_aot"
+
+
+@pytest.mark.parametrize("config", list(sample()), **NAME)
+def test_sample(config: Config) -> None:
+    check(config)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("config", list(configs()), **NAME)
+def test_whole_table(config: Config) -> None:
+    check(config)
+
+
+def test_table_has_every_configuration_and_the_promised_properties() -> None:
+    """Read from the committed table, so it holds for every configuration also where only a sample compiles."""
+    known = {config.name: config for config in configs()}
+    assert set(TABLE) == set(known)
+    assert {config.name for config in sample()} <= set(known)
+    for name, row in TABLE.items():
+        config = known[name]
+        if config.kernel in ("decode", "extend"):
+            assert row["mma"] > 0, name
+            assert row["loads16"] > 0 or config.head_dim < 128, name
+        if config.kernel == "decode" and config.head_dim == 128:
+            assert row["spills"] == 0 and row["stack"] == 0, name
+        if config.kernel not in ("decode", "extend"):
+            assert row["spills"] == 0, name
+        # No conversion per element where codes fit the mantissa: what remains is index arithmetic.
+        if config.kernel == "decode" and config.dtype == "fp16":
+            assert row["conversions"] < 8, name
+        assert row["shared"] <= 99 * 1024, name
