@@ -46,10 +46,10 @@ class Timer:
 
         self.repeats = repeats
         n = 1 << 31
-        a, b = torch.empty(n, dtype=torch.uint8, device="cuda"), torch.zeros(n, dtype=torch.uint8, device="cuda")
-        p50 = self(lambda _: b.copy_(a), 2)["p50_us"]
+        source = torch.randint(0, 256, (n,), dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        p50 = self(lambda _: target.copy_(source), 2)["p50_us"]
         self.copy_gbs = 2 * n / p50 / 1e3
-        del a, b
 
     def __call__(self, run: Callable[[int], Any], layers: int) -> dict[str, float]:
         import torch
@@ -121,86 +121,85 @@ def guarded(table: Table, key: dict[str, Any], body: Callable[[], dict[str, Any]
     return row
 
 
-def attention_part(table: Table, timer: Timer | None, part: str, cells: list[dict[str, int]], dtype: Any) -> None:
-    """Decode or extend of every mix, against the baselines on the all-16 pool of the same size."""
+def attention_row(
+    part: str, timer: Timer | None, case: Any, q: Any, chunk: int
+) -> tuple[Any, dict[str, Any]]:
+    """Output of the last layer and the row of one case; ``chunk`` queries per request."""
+    from benchmarks import kernel_cases as kc
+    from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
+
+    scale, layers = HEAD_DIM**-0.5, case.storage.num_layers
+    decode, extend = MixedKVDecodeWrapper(backend="triton"), MixedKVExtendWrapper(backend="triton")
+    wrapper = decode if part == "decode" else extend
+    if part == "decode":
+        decode.plan(case.storage, case.req_pages, case.kv_lens)
+        out = decode.run(q, layers - 1, scale)
+        error = kc.check_decode(case, q, out, layers - 1, scale)
+    else:
+        extend.plan(case.storage, case.req_pages, case.kv_lens - chunk, case.kv_lens)
+        out = extend.run(q, layers - 1, scale)
+        error = kc.check_extend(case, q, out, layers - 1, scale, chunk)
+    row: dict[str, Any] = {"error": float(f"{error:.2g}")}
+    if timer is not None:
+        row |= timer(lambda layer: wrapper.run(q, layer, scale), layers)
+        timer.rate(row, case.layer_bytes + 2 * q.nbytes)
+        if part == "extend":
+            pairs = q.shape[0] * (int(case.kv_lens[0]) - chunk / 2)
+            row["tflops"] = round(4 * pairs * q.shape[1] * HEAD_DIM / row["p50_us"] / 1e6, 1)
+    return out, row
+
+
+def attention_cell(table: Table, timer: Timer | None, part: str, cell: dict[str, int], dtype: Any) -> None:
+    """Decode or extend at one batch and length: every mix, and the baselines on the all-16 pool."""
     import torch
 
     from benchmarks import kernel_cases as kc
     from sglang_pmkvq.formats import PageShape
-    from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
 
     device = torch.device("cuda" if timer is not None else "cpu")
-    for cell in cells:
-        batch, tokens, gqa, chunk = cell["batch"], cell["tokens"], cell["gqa"], cell.get("chunk", 1)
-        shape = PageShape(PAGE, cell["kv_heads"], HEAD_DIM, HEAD_DIM)
-        scale, heads = HEAD_DIM**-0.5, cell["kv_heads"] * gqa
-        base: dict[str, float] = {}
-        for name, mix in kc.MIXES.items():
-            key = {"part": part, "mix": name, **cell}
-            need = kc.layer_bytes_of(shape, batch, tokens, mix)
-            layers = layers_for(need) if timer is not None else 1
-            if timer is not None and need * layers * 1.05 > torch.cuda.mem_get_info()[0]:
-                table.add(**key, does_not_fit=f"needs {need * layers / 1e9:.1f} GB")
+    batch, tokens, chunk = cell["batch"], cell["tokens"], cell.get("chunk", 1)
+    shape = PageShape(PAGE, cell["kv_heads"], HEAD_DIM, HEAD_DIM)
+    scale, base = HEAD_DIM**-0.5, dict[str, float]()
+    q = torch.randn(batch * chunk, cell["kv_heads"] * cell["gqa"], HEAD_DIM, device=device).to(dtype)
+
+    def measure(rival: str, case: kc.Case, out: torch.Tensor) -> dict[str, Any]:
+        assert timer is not None
+        if rival == "sglang_triton":
+            run = kc.sglang_decode(case, q, scale)
+        elif part == "decode":
+            run = kc.flashinfer_decode(case, q, scale)
+        else:
+            run = kc.flashinfer_extend(case, q, scale, chunk)
+        layers = case.storage.num_layers
+        error = kc.check(rival, run(layers - 1), out, 2 * kc.TOLERANCE[dtype])
+        row = {"error": float(f"{error:.2g}"), **timer(run, layers)}
+        timer.rate(row, case.layer_bytes + 2 * q.nbytes)
+        base[rival] = row["p50_us"]
+        return row
+
+    def one(name: str, layers: int) -> None:
+        kept: list[Any] = []
+
+        def body() -> dict[str, Any]:
+            case = kc.make_case(shape, batch, tokens, kc.MIXES[name], layers, dtype, device)
+            out, row = attention_row(part, timer, case, q, chunk)
+            kept.extend((case, out))
+            return row | {f"times_{n}": round(t / row["p50_us"], 2) for n, t in base.items()}
+
+        guarded(table, {"part": part, "mix": name, **cell}, body)
+        if name == "all-16" and kept and timer is not None:
+            for rival in ("flashinfer", "sglang_triton") if part == "decode" else ("flashinfer",):
+                guarded(table, {"part": part, "baseline": rival, **cell}, lambda rival=rival: measure(rival, *kept))
+
+    for name, mix in kc.MIXES.items():
+        need = kc.layer_bytes_of(shape, batch, tokens, mix)
+        layers = layers_for(need) if timer is not None else 1
+        if timer is not None:
+            torch.cuda.empty_cache()
+            if need * layers * 1.05 > torch.cuda.mem_get_info()[0]:
+                table.add(part=part, mix=name, **cell, does_not_fit=f"needs {need * layers / 1e9:.1f} GB")
                 continue
-
-            def ours(mix=mix, layers=layers):
-                case = kc.make_case(shape, batch, tokens, mix, layers, dtype, device)
-                q = torch.randn(batch * chunk, heads, HEAD_DIM, device=device).to(dtype)
-                wrapper: Any
-                if part == "decode":
-                    wrapper = MixedKVDecodeWrapper(backend="triton")
-                    wrapper.plan(case.storage, case.req_pages, case.kv_lens)
-                else:
-                    wrapper = MixedKVExtendWrapper(backend="triton")
-                    wrapper.plan(case.storage, case.req_pages, case.kv_lens - chunk, case.kv_lens)
-                last = layers - 1
-                out = wrapper.run(q, last, scale)
-                if part == "decode":
-                    error = kc.check_decode(case, q, out, last, scale)
-                else:
-                    error = kc.check_extend(case, q, out, last, scale, chunk)
-                row: dict[str, Any] = {"error": float(f"{error:.2g}")}
-                if timer is not None:
-                    row |= timer(lambda layer: wrapper.run(q, layer, scale), layers)
-                    timer.rate(row, case.layer_bytes + 2 * q.nbytes)
-                    if part == "extend":
-                        pairs = batch * chunk * (tokens - chunk / 2)
-                        row["tflops"] = round(4 * pairs * heads * HEAD_DIM / row["p50_us"] / 1e6, 1)
-                return case, q, out, row
-
-            kept: list[Any] = []
-
-            def body(ours=ours, kept=kept):
-                case, q, out, row = ours()
-                kept.extend((case, q, out))
-                return row | {f"times_{n}": round(t / row["p50_us"], 2) for n, t in base.items() if "p50_us" in row}
-
-            guarded(table, key, body)
-            if name == "all-16" and kept and timer is not None:
-                case, q, out = kept
-                baselines: dict[str, Callable[[], Callable[[int], torch.Tensor]]] = {
-                    "flashinfer": lambda case=case, q=q: (
-                        kc.flashinfer_decode(case, q, scale)
-                        if part == "decode"
-                        else kc.flashinfer_extend(case, q, scale, chunk)
-                    ),
-                }
-                if part == "decode":
-                    baselines["sglang_triton"] = lambda case=case, q=q: kc.sglang_decode(case, q, scale)
-                for rival, build in baselines.items():
-
-                    def measure(build=build, rival=rival, case=case, out=out):
-                        run = build()
-                        error = kc.check(rival, run(layers - 1), out, 2 * kc.TOLERANCE[dtype])
-                        row = {"error": float(f"{error:.2g}"), **timer(run, layers)}
-                        timer.rate(row, case.layer_bytes)
-                        base[rival] = row["p50_us"]
-                        return row
-
-                    guarded(table, {"part": part, "baseline": rival, **cell}, measure)
-            kept.clear()
-            if timer is not None:
-                torch.cuda.empty_cache()
+        one(name, layers)
 
 
 def pool_part(table: Table, timer: Timer | None, part: str, pages: int, layers: int, dtype: Any) -> None:
@@ -341,7 +340,8 @@ def main() -> int:
     dtype = getattr(torch, arguments.dtype)
     for part in (arguments.only,) if arguments.only else PARTS:
         if part in ("decode", "extend"):
-            attention_part(table, timer, part, attention_cells(part, arguments.dry_run), dtype)
+            for cell in attention_cells(part, arguments.dry_run):
+                attention_cell(table, timer, part, cell, dtype)
         else:
             pool_part(table, timer, part, *((4096, 4) if timer is not None else (4, 1)), dtype)
     if arguments.dry_run:

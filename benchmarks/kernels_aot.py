@@ -70,29 +70,24 @@ def configs() -> Iterator[Config]:
     for arch in ARCHITECTURES:
         for finals in FINALS:
             for d in (64, 128, 256):
-                for dtype in DTYPES:
-                    yield Config("decode", arch, dtype, d, min(d, 128), finals=finals)
-            yield Config("extend", arch, finals=finals)
-        yield Config("extend", arch, "fp16")
-        for d in (64, 256):
-            yield Config("extend", arch, head_dim=d, group_size=min(d, 128))
+                yield Config("decode", arch, head_dim=d, group_size=min(d, 128), finals=finals)
+            yield Config("decode", arch, "fp16", finals=finals)
         for g in (32, 64):
             yield Config("decode", arch, group_size=g)
         yield Config("decode", arch, head_dim=256, group_size=32)
-        for p in (32, 64):
-            yield Config("decode", arch, page_size=p)
-        for gqa in (1, 8, 16):
-            yield Config("decode", arch, gqa=gqa)
+        yield Config("decode", arch, page_size=64)
+        yield Config("decode", arch, gqa=16)
+        for d in (64, 128, 256):
+            yield Config("extend", arch, head_dim=d, group_size=min(d, 128))
+            yield Config("copy", arch, head_dim=d, group_size=min(d, 128), finals=(2, 2))
+        yield Config("extend", arch, "fp16")
+        yield Config("extend", arch, finals=(16, 16))
         for kernel in ("decode", "extend"):
             yield Config(kernel, arch, key_scale=True, logit_cap=True)
-        for d in (64, 128, 256):
-            for kernel in ("merge", "store"):
-                yield Config(kernel, arch, head_dim=d, group_size=min(d, 128))
-            for finals in ((8, 8), (4, 4), (2, 2), (4, 2)):
-                yield Config("copy", arch, head_dim=d, group_size=min(d, 128), finals=finals)
-        yield Config("copy", arch, "fp16", finals=(2, 2))
+        yield Config("copy", arch)
+        yield Config("copy", arch, "fp16", finals=(8, 8))
         yield Config("copy", arch, group_size=32, key_scale=True)
-        for kernel in ("count", "scatter", "schedule", "ranges", "table"):
+        for kernel in ("merge", "store", "count", "scatter", "schedule", "ranges", "table"):
             yield Config(kernel, arch)
 
 
@@ -100,9 +95,9 @@ def sample() -> Iterator[Config]:
     """Each kernel once per architecture, decode at head_dim 128 and 256, both dtypes."""
     for arch in ARCHITECTURES:
         yield Config("decode", arch)
-        yield Config("decode", arch, "fp16", finals=(2, 2))
-        yield Config("decode", arch, head_dim=256)
-        yield Config("extend", arch)
+        yield Config("decode", arch, "fp16", finals=(4, 4))
+        yield Config("decode", arch, head_dim=256, finals=(8, 8))
+        yield Config("extend", arch, finals=(16, 16))
         for kernel in ("merge", "store", "count", "scatter", "schedule", "ranges", "table"):
             yield Config(kernel, arch)
         yield Config("copy", arch, finals=(2, 2))
