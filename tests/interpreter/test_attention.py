@@ -17,37 +17,22 @@ from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWr
 from sglang_pmkvq.kernels.reference import attention as reference
 from sglang_pmkvq.kernels.reference.inputs import copies, make_inputs
 from tests.kernel_checks import reference_of
-from tests.triton_checks import check_decode, check_extend, relative_error, run_guarded, unquantized
+from tests.triton_checks import (
+    DTYPES,
+    FINALS,
+    SAMPLE,
+    SHAPES,
+    WINDOW,
+    boundary_lens,
+    check_decode,
+    check_extend,
+    inputs_of,
+    relative_error,
+    run_guarded,
+    unquantized,
+)
 
-FINALS = [(8, 8), (4, 4), (2, 2), (4, 2), (2, 8), (16, 4), (8, 16), (16, 16)]
-# page size, KV heads, head dim, channels per group, query heads per KV head
-SHAPES = [
-    (16, 2, 128, 128, 4),
-    (16, 2, 64, 32, 3),
-    (32, 1, 256, 128, 8),
-    (64, 1, 128, 64, 1),
-    (32, 2, 64, 64, 2),
-    (16, 1, 256, 64, 16),
-    (64, 1, 64, 64, 4),
-    (16, 1, 128, 32, 5),
-    (32, 1, 128, 128, 16),
-    (64, 1, 256, 32, 2),
-]
-DTYPES = [torch.float16, torch.bfloat16]
-WINDOW = 128
-# One case per pair of finals, every shape and both dtypes somewhere.
-SAMPLE = [(f, SHAPES[i % len(SHAPES)], DTYPES[i % 2]) for i, f in enumerate(FINALS + [(4, 2), (2, 2)])]
 FULL = list(product(FINALS, SHAPES, DTYPES))
-
-
-def boundary_lens(p: int) -> list[int]:
-    return [1, p - 1, p, p + 1, 3 * p + 5]
-
-
-def inputs_of(seed, finals, shape, dtype, lens, **more):
-    p, h, d, g, per_head = shape
-    more = {"query_heads": h * per_head, "key_scale": seed % 2 == 0, **more}
-    return make_inputs(seed, PageShape(p, h, d, g), LayerGroup((0,), *finals), lens, dtype=dtype, **more)
 
 
 @pytest.mark.parametrize("finals,shape,dtype", SAMPLE)
