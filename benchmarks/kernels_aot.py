@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels_aot                remakes benchmarks/results/kernels_aot.json
     python -m benchmarks.kernels_aot --only TEXT    the configurations whose name contains TEXT, others kept
+    python -m benchmarks.kernels_aot --sample       those that the normal test suite compiles, others kept
 
 Launches are built by the same code that runs them, on small CPU tensors, and compiled instead of run.
 """
@@ -213,12 +214,14 @@ def measure(config: Config) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="configurations whose name contains this")
-    only = parser.parse_args().only
-    known = list(configs())
-    old = json.loads(RESULTS.read_text())["kernels"] if only and RESULTS.exists() else {}
+    parser.add_argument("--sample", action="store_true", help="those that the normal test suite compiles")
+    arguments = parser.parse_args()
+    some = arguments.only or arguments.sample
+    chosen = {c.name for c in (sample() if arguments.sample else configs()) if arguments.only in c.name}
+    old = json.loads(RESULTS.read_text())["kernels"] if some and RESULTS.exists() else {}
     table: dict[str, dict[str, int]] = {}
-    for config in known:
-        if only in config.name:
+    for config in configs():
+        if config.name in chosen:
             table[config.name] = measure(config)
             print(config.name, *(f"{k}={v}" for k, v in table[config.name].items()), flush=True)
         elif config.name in old:

@@ -18,6 +18,8 @@ MAX_GQA = 16
 DECODE_ROWS = 16
 # Query rows (queries times GQA members) of an extend program: one warpgroup's matrix instruction.
 EXTEND_ROWS = 64
+# Partials that a merging program reads at a time.
+MERGE_PARTIALS = 16
 
 
 class DecodeBuffers:
@@ -262,8 +264,9 @@ def merge_launch(
         "out_stride_h": out.stride(1),
         "HQ": out.shape[1],
         "D": out.shape[2],
+        "BLOCK": MERGE_PARTIALS,
     }
-    return Launch(merge_kernel, (plan.requests, out.shape[1]), args, num_warps=1)
+    return Launch(merge_kernel, (plan.requests, out.shape[1]), args, num_warps=2)
 
 
 def extend_launch(

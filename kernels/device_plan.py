@@ -167,13 +167,14 @@ def plan_launches(
         max_pages: bound on the pages of any of these requests if the host knows one.
     """
     storage = buffers.storage
+    kv_lens = kv_lens.contiguous()
     requests = kv_lens.numel()
     steps, costs = len(storage.group.steps), step_costs(storage)
     pages = min(source.max_pages, buffers.max_pages if max_pages is None else max_pages)
     chunks = max(1, -(-pages // CHUNK_PAGES))
     shared = {
         "source": source.values,
-        "rows": source.rows,
+        "rows": None if source.rows is None else source.rows.contiguous(),
         "source_stride": source.values.stride(0),
         "column_stride": source.column_stride * source.values.stride(1),
         "kv_lens": kv_lens,

@@ -73,7 +73,7 @@ def store(
         from sglang_pmkvq.kernels.device_pages import store_launch
 
         k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
-        store_launch(storage, layer, slots, k, v).run()
+        store_launch(storage, layer, slots.contiguous(), k, v).run()
     else:
         store_rows(storage, layer, resolve_slots(storage, slots), k, v)
 

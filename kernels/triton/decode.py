@@ -57,9 +57,12 @@ def decode_kernel(
 def merge_kernel(
     part_out, part_lse, split_indptr, q_row, out, lse,
     out_stride_t, out_stride_h,
-    HQ: tl.constexpr, D: tl.constexpr,
+    HQ: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partials of one request and query head by log-sum-exp. A request without items is left alone."""
+    """Partials of one request and query head by log-sum-exp. A request without items is left alone.
+
+    BLOCK partials at a time: a single request may have as many as there are programs to fill the chip.
+    """
     request = tl.program_id(0)
     head = tl.program_id(1)
     first = tl.load(split_indptr + request)
@@ -68,16 +71,19 @@ def merge_kernel(
     peak = tl.full((), float("-inf"), dtype=tl.float32)
     weight = tl.zeros((), dtype=tl.float32)
     acc = tl.zeros((D,), dtype=tl.float32)
-    for item in range(first, last):
+    for i in range(first, last, BLOCK):
+        item = i + tl.arange(0, BLOCK)
+        ok = item < last
         at = item * HQ + head
-        part = tl.load(part_lse + at)
-        x = tl.load(part_out + at * D + column)
-        new = tl.maximum(peak, part)
+        part = tl.load(part_lse + at, mask=ok, other=float("-inf"))
+        x = tl.load(part_out + at[:, None] * D + column[None, :], mask=ok[:, None], other=0.0)
+        # A maximum must not lose a NaN: the sum of the scales carries it.
+        new = tl.maximum(peak, tl.max(part, axis=0))
         base = tl.where(new == float("-inf"), 0.0, new)
-        old_scale = tl.exp(peak - base)
         scale = tl.exp(part - base)
-        acc = acc * old_scale + x * scale
-        weight = weight * old_scale + scale
+        old_scale = tl.exp(peak - base)
+        acc = acc * old_scale + tl.sum(x * scale[:, None], axis=0)
+        weight = weight * old_scale + tl.sum(scale, axis=0)
         peak = new
     if last > first:
         row = tl.load(q_row + request).to(tl.int64)
