@@ -2,20 +2,30 @@
 
 ``plan`` once per forward and layer group, ``run`` once per layer. A request none of whose pages has
 shrunk runs stock SGLang's own call (``kernels/cpu/stock.py``); the others share the batched path on
-codes. Which implementation runs is decided here, by the device of the storage: so far torch serves
-every device.
+codes. Which implementation runs is decided here, by the device of the storage: torch on the CPU,
+Triton on CUDA, where one decode launch reads all tiers and nothing waits for the device.
+
+Example, ten requests with one new token each, in a pool made by ``allocate_pool``::
+
+    decode = MixedKVDecodeWrapper()
+    decode.plan(storage, req_pages, kv_lens)  # once per forward and layer group
+    for layer in range(storage.num_layers):
+        page_ops.store(storage, layer, slots, k[layer], v[layer])
+        out = decode.run(q[layer], layer, scale=head_dim**-0.5)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from sglang_pmkvq.formats import SIDES
 from sglang_pmkvq.kernels.cpu import partials, stock
+from sglang_pmkvq.kernels.launch import Backend, uses_triton
 from sglang_pmkvq.kernels.plan import (
     PageLists,
     Tile,
@@ -25,6 +35,10 @@ from sglang_pmkvq.kernels.plan import (
     upload,
 )
 from sglang_pmkvq.kernels.storage import GroupStorage
+
+if TYPE_CHECKING:
+    from sglang_pmkvq.kernels.device_attention import DevicePlan
+    from sglang_pmkvq.kernels.device_plan import PageSource
 
 Lengths = torch.Tensor | np.ndarray | Sequence[int]
 
@@ -106,9 +120,18 @@ class _Wrapper:
 
     _stock_call = staticmethod(stock.decode)
 
-    def __init__(self, use_stock: bool = True) -> None:
-        """``use_stock=False`` sends requests with no shrunk page through the batched path too."""
+    def __init__(self, use_stock: bool = True, backend: Backend = "auto") -> None:
+        """Nothing is allocated before the first plan.
+
+        Args:
+            use_stock: on the CPU, requests with no shrunk page run stock's own call; False sends them
+                through the batched path too. Triton has one path.
+            backend: "auto" (by device), "torch" or "triton"; Triton on CPU tensors needs its
+                interpreter.
+        """
         self._use_stock = use_stock
+        self._backend: Backend = backend
+        self._device: DevicePlan | None = None
         self._plan: MixedKVPlan | None = None
         self._inputs: tuple[GroupStorage, PageLists, np.ndarray, np.ndarray] | None = None
         self._batched_plan: MixedKVPlan | None = None
@@ -127,6 +150,21 @@ class _Wrapper:
         if self._batched_plan is None:
             self._batched_plan = MixedKVPlan.build(*self._inputs, use_stock=False)
         return self._batched_plan
+
+    def reserve(self, storage: GroupStorage, requests: int, max_pages: int, query_heads: int) -> None:
+        """Triton only: allocates all buffers once, so that plan and run keep their addresses.
+
+        A CUDA graph that captured ``run`` is then valid after every later ``plan``. Larger plans are
+        refused.
+        """
+        self._device_plan().reserve(storage, requests, max_pages, query_heads)
+
+    def _device_plan(self) -> DevicePlan:
+        from sglang_pmkvq.kernels.device_attention import DevicePlan
+
+        if self._device is None:
+            self._device = DevicePlan()
+        return self._device
 
     def run(
         self,
@@ -153,10 +191,16 @@ class _Wrapper:
         Raises:
             ValueError: not planned yet, or a shape or layer that does not fit the plan.
         """
+        if self._device is not None and self._device.buffers is not None:
+            from sglang_pmkvq.kernels import device_attention
+
+            _check_run(self._device.buffers.storage, self._device.num_queries, q, layer)
+            result, result_lse = device_attention.run(self._device, q, layer, scale, logit_cap, return_lse)
+            return result if result_lse is None else (result, result_lse)
         if self._plan is None:
             raise ValueError("run needs a plan: call plan(...) first")
         plan = self._all_batched() if logit_cap > 0.0 else self._plan
-        _check_run(plan, q, layer)
+        _check_run(plan.storage, plan.num_queries, q, layer)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32) if return_lse else None
         _run_batched(plan, q, layer, scale, logit_cap, out, lse)
@@ -176,20 +220,37 @@ class _Wrapper:
 class MixedKVDecodeWrapper(_Wrapper):
     """One query per request."""
 
-    def plan(self, storage: GroupStorage, req_pages: torch.Tensor, kv_lens: Lengths) -> MixedKVPlan:
+    def plan(
+        self, storage: GroupStorage, req_pages: torch.Tensor, kv_lens: Lengths, max_pages: int | None = None
+    ) -> None:
         """Plans a decode step of R requests.
+
+        On CUDA nothing is read back: a bad length or page id cannot raise there. Pages without a block
+        read block 0 and are counted in the plan's ``unmapped``.
 
         Args:
             req_pages: integer ``[R, max_pages]`` logical pages, anything beyond a request's own.
             kv_lens: ``[R]`` tokens of KV, the new one included (its K and V must be stored before
                 ``run``).
+            max_pages: on CUDA, a bound on the pages of any request that spares empty programs.
 
         Raises:
-            ValueError: see ``read_page_lists``.
+            ValueError: see ``read_page_lists``; reserved buffers that are too small.
         """
+        if uses_triton(storage, self._backend):
+            from sglang_pmkvq.kernels.device_plan import PageSource
+
+            self.plan_source(storage, PageSource(req_pages), _device_lengths(storage, kv_lens), max_pages)
+            return
         lens = host_lengths(kv_lens)
         lists = read_page_lists(storage, req_pages, lens)
-        return self._set_plan(storage, lists, np.arange(lens.size), np.ones(lens.size, dtype=np.int64))
+        self._set_plan(storage, lists, np.arange(lens.size), np.ones(lens.size, dtype=np.int64))
+
+    def plan_source(
+        self, storage: GroupStorage, source: PageSource, kv_lens: torch.Tensor, max_pages: int | None = None
+    ) -> None:
+        """``plan`` in Triton, with the pages wherever ``source`` says and lengths ``[R]`` on the device."""
+        self._device_plan().plan_decode(storage, source, kv_lens, max_pages)
 
 
 class MixedKVExtendWrapper(_Wrapper):
@@ -203,8 +264,10 @@ class MixedKVExtendWrapper(_Wrapper):
 
     def plan(
         self, storage: GroupStorage, req_pages: torch.Tensor, prefix_lens: Lengths, seq_lens: Lengths
-    ) -> MixedKVPlan:
+    ) -> None:
         """Plans an extend of R requests; q will hold their queries one request after the other.
+
+        Lengths are needed on the host: a device tensor is waited for.
 
         Args:
             req_pages: integer ``[R, max_pages]`` logical pages, anything beyond a request's own.
@@ -217,19 +280,36 @@ class MixedKVExtendWrapper(_Wrapper):
         prefix, lens = host_lengths(prefix_lens), host_lengths(seq_lens)
         if prefix.shape != lens.shape or (prefix < 0).any() or (prefix > lens).any():
             raise ValueError(f"expected 0 <= prefix_lens <= seq_lens, got {prefix} and {lens}")
+        if uses_triton(storage, self._backend):
+            from sglang_pmkvq.kernels.device_plan import PageSource
+
+            self._device_plan().plan_extend(storage, PageSource(req_pages), prefix, lens)
+            return
         lists = read_page_lists(storage, req_pages, lens)
         lengths = lens - prefix
-        return self._set_plan(storage, lists, np.cumsum(lengths) - lengths, lengths)
+        self._set_plan(storage, lists, np.cumsum(lengths) - lengths, lengths)
+
+    def plan_source(
+        self, storage: GroupStorage, source: PageSource, prefix_lens: Lengths, seq_lens: Lengths
+    ) -> None:
+        """``plan`` in Triton, with the pages wherever ``source`` says."""
+        self._device_plan().plan_extend(storage, source, host_lengths(prefix_lens), host_lengths(seq_lens))
 
 
-def _check_run(plan: MixedKVPlan, q: torch.Tensor, layer: int) -> None:
-    s = plan.storage.shape
-    if q.dim() != 3 or q.shape[0] != plan.num_queries or q.shape[2] != s.head_dim:
-        raise ValueError(f"q must be [{plan.num_queries}, Hq, {s.head_dim}], got {tuple(q.shape)}")
+def _device_lengths(storage: GroupStorage, lens: Lengths) -> torch.Tensor:
+    if isinstance(lens, torch.Tensor) and lens.device == storage.device:
+        return lens
+    return torch.as_tensor(host_lengths(lens)).to(storage.device)
+
+
+def _check_run(storage: GroupStorage, num_queries: int, q: torch.Tensor, layer: int) -> None:
+    s = storage.shape
+    if q.dim() != 3 or q.shape[0] != num_queries or q.shape[2] != s.head_dim:
+        raise ValueError(f"q must be [{num_queries}, Hq, {s.head_dim}], got {tuple(q.shape)}")
     if q.shape[1] % s.num_kv_heads:
         raise ValueError(f"query heads must be a multiple of {s.num_kv_heads} KV heads, got {q.shape[1]}")
-    if not 0 <= layer < plan.storage.num_layers:
-        raise ValueError(f"layer must be in [0, {plan.storage.num_layers}) of its group, got {layer}")
+    if not 0 <= layer < storage.num_layers:
+        raise ValueError(f"layer must be in [0, {storage.num_layers}) of its group, got {layer}")
 
 
 def _scaled_by_key(storage: GroupStorage, layer: int, q: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from sglang_pmkvq.commands import CommandBatch
 from sglang_pmkvq.config import Limits
 from sglang_pmkvq.formats import LayerGroup, PoolGeometry, V
 from sglang_pmkvq.kernels import page_ops
+from sglang_pmkvq.kernels.launch import Backend, uses_triton
 from sglang_pmkvq.kernels.storage import GroupStorage, allocate_pool
 from sglang_pmkvq.ledger import PolicyConfig
 
@@ -79,11 +80,14 @@ class MixedPrecisionTokenPool(KVCache):
     """SGLang's KV cache contract over mixed-precision pages.
 
     ``size`` is logical: tokens that SGLang may hand out. Physical bytes belong to the ledger; this class holds
-    the tensors, writes new rows to 16-bit pages and executes the ledger's commands.
+    the tensors, writes new rows to 16-bit pages and executes the ledger's commands. ``backend`` says who runs the
+    kernels: by device, Triton on CUDA and torch on the CPU.
 
     Raises:
         ValueError: the tensors would exceed the byte budget, or dtype or head dims are not supported.
     """
+
+    backend: Backend = "auto"
 
     def __init__(
         self,
@@ -144,7 +148,7 @@ class MixedPrecisionTokenPool(KVCache):
 
     def execute(self, batch: CommandBatch) -> None:
         """Run the ledger's commands: waves in order, then the page table. Call on the forward stream."""
-        page_ops.execute_batch(self.storages, batch)
+        page_ops.execute_batch(self.storages, batch, self.backend)
         self._rows_loc = None
 
     def overflow_groups(self) -> int:
@@ -177,19 +181,23 @@ class MixedPrecisionTokenPool(KVCache):
         layer_id_override: int | None = None,
         dcp_kv_mask: torch.Tensor | None = None,
     ) -> None:
-        """Write new rows into 16-bit pages. ``cache_k``/``cache_v``: [T, H, D]; slots int64 [T]."""
+        """Write new rows into 16-bit pages. ``cache_k``/``cache_v``: [T, H, D]; slots int64 [T].
+
+        In Triton the slots are resolved by the writing kernel, so a CUDA graph may hold it: what it captured is the
+        addresses of SGLang's slot buffer and of the page table.
+        """
         loc = unwrap_write_loc(loc_info)[0]
-        if loc is not self._rows_loc:
-            self.plan_writes(loc)
         layer_id: int = layer.layer_id if layer_id_override is None else layer_id_override  # type: ignore[attr-defined]
         group, index = self.place(layer_id)
-        page_ops.store_rows(
-            self.storages[group],
-            index,
-            self._rows[group],
-            cache_k.view(-1, self.head_num, self.head_dim),
-            cache_v.view(-1, self.head_num, self.v_head_dim),
-        )
+        storage = self.storages[group]
+        k = cache_k.view(-1, self.head_num, self.head_dim)
+        v = cache_v.view(-1, self.head_num, self.v_head_dim)
+        if uses_triton(storage, self.backend):
+            page_ops.store(storage, index, loc, k, v, self.backend)
+            return
+        if loc is not self._rows_loc:
+            self.plan_writes(loc)
+        page_ops.store_rows(storage, index, self._rows[group], k, v)
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
         raise _unsupported("get_key_buffer")

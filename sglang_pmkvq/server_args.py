@@ -123,9 +123,14 @@ class PmkvqServerArgs(ServerArgs):
                 )
 
     def _disable_graphs(self) -> None:
-        """The torch kernels read host-side plans, so a captured graph would replay a stale one."""
+        """No graphs on the CPU; on CUDA decode graphs stay as the user has them.
+
+        The torch kernels read host-side plans, so a captured graph would replay a stale one. Prefill graphs would
+        run a plan made for another batch; they stay off until shown safe.
+        """
         self.disable_prefill_cuda_graph = True
-        self.disable_decode_cuda_graph = True
+        if self.device == "cpu":
+            self.disable_decode_cuda_graph = True
 
     def _check_environment(self) -> None:
         import sglang

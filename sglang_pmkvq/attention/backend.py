@@ -1,4 +1,9 @@
-"""SGLang's attention backend over the mixed-precision wrappers: plan once per forward, run per layer."""
+"""SGLang's attention backend over the mixed-precision wrappers: plan once per forward, run per layer.
+
+On CUDA the plan is made on the device, outside any graph, in ``init_forward_metadata_out_graph``: it reads
+SGLang's request table and our page table, which later steps overwrite. A captured decode graph holds only the
+buffers that the plan fills.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,15 @@ from sglang.srt.layers.radix_attention import AttentionType
 
 from sglang_pmkvq.config import PmkvqConfigError
 from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
+from sglang_pmkvq.kernels.launch import uses_triton
 from sglang_pmkvq.pool import MixedPrecisionTokenPool
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from sglang_pmkvq.kernels.device_plan import PageSource
 
 
 class PmkvqAttnBackend(AttentionBackend):
@@ -32,14 +40,70 @@ class PmkvqAttnBackend(AttentionBackend):
         self.req_to_token_pool = runner.req_to_token_pool
         self.device = runner.device
         self._page_size = pool.page_size
-        self._decode = [MixedKVDecodeWrapper() for _ in pool.storages]
-        self._extend = [MixedKVExtendWrapper() for _ in pool.storages]
+        self._query_heads = runner.model_config.num_attention_heads // runner.tp_size
+        self._triton = uses_triton(pool.storages[0], pool.backend)
+        self._decode = self._decode_wrappers()
+        self._extend = [MixedKVExtendWrapper(backend=pool.backend) for _ in pool.storages]
+        # The wrappers of decode graphs, with buffers of their own that never move; None without graphs.
+        self._graph_decode: list[MixedKVDecodeWrapper] | None = None
+        self._active_decode = self._decode
+
+    def _decode_wrappers(self) -> list[MixedKVDecodeWrapper]:
+        pool = self.token_to_kv_pool
+        return [MixedKVDecodeWrapper(backend=pool.backend) for _ in pool.storages]
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Allocate what captured graphs will read, for ``max_bs`` requests of any length."""
+        max_pages = self._page_source(self.req_to_token_pool.req_to_token[:1, 0]).max_pages
+        self._graph_decode = self._decode_wrappers()
+        for storage, decode in zip(self.token_to_kv_pool.storages, self._graph_decode, strict=True):
+            decode.reserve(storage, max_bs, max_pages, self._query_heads)
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Plan the decode of a captured graph: before its capture and before every replay.
+
+        At replay ``forward_batch`` is SGLang's padded view; padded rows are one token of page 0.
+        """
+        assert self._graph_decode is not None, "init_cuda_graph_state comes first"
+        self._active_decode = self._graph_decode
+        self._plan_decode(forward_batch)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Plan a decode or an extend for every layer group from request rows and lengths."""
+        """Plan an eager decode or extend for every layer group from request rows and lengths."""
+        self._active_decode = self._decode
         mode = forward_batch.forward_mode
         if mode.is_idle():
             return
+        if not self._triton:
+            self._plan_on_host(forward_batch)
+        elif mode.is_decode():
+            self._plan_decode(forward_batch)
+        else:
+            lens = _host(forward_batch.seq_lens_cpu, forward_batch.seq_lens)
+            prefix = _host(forward_batch.extend_prefix_lens_cpu, forward_batch.extend_prefix_lens)
+            source = self._page_source(forward_batch.req_pool_indices)
+            for storage, extend in zip(self.token_to_kv_pool.storages, self._extend, strict=True):
+                extend.plan_source(storage, source, prefix, lens)
+
+    def _page_source(self, rows: torch.Tensor) -> PageSource:
+        """Where the kernels find logical pages: every P-th token slot of a request's row, over P."""
+        from sglang_pmkvq.kernels.device_plan import PageSource
+
+        return PageSource(self.req_to_token_pool.req_to_token, rows, self._page_size, self._page_size)
+
+    def _plan_decode(self, forward_batch: ForwardBatch) -> None:
+        """Device-side plan of the active decode wrappers; nothing waits for the device."""
+        source = self._page_source(forward_batch.req_pool_indices)
+        longest = None
+        # Without a sum SGLang's host mirror of the lengths is stale, and the grid covers the longest possible.
+        if forward_batch.seq_lens_sum is not None and forward_batch.seq_lens_cpu is not None:
+            longest = -(-max(int(forward_batch.seq_lens_cpu.max()), 1) // self._page_size)
+        for storage, decode in zip(self.token_to_kv_pool.storages, self._active_decode, strict=True):
+            decode.plan_source(storage, source, forward_batch.seq_lens, longest)
+
+    def _plan_on_host(self, forward_batch: ForwardBatch) -> None:
+        """Plan of the torch path, from the host mirrors of the lengths."""
+        mode = forward_batch.forward_mode
         pool = self.token_to_kv_pool
         if forward_batch.out_cache_loc is not None:
             pool.plan_writes(forward_batch.out_cache_loc)
@@ -67,7 +131,7 @@ class PmkvqAttnBackend(AttentionBackend):
         **kwargs: object,
     ) -> torch.Tensor:
         """q: [B, Hq·D]; k, v: [B, H·D] or [B, H, D]. Returns [B, Hq·D]."""
-        return self._forward(self._decode, q, k, v, layer, forward_batch, save_kv_cache)
+        return self._forward(self._active_decode, q, k, v, layer, forward_batch, save_kv_cache)
 
     def forward_extend(
         self,
@@ -82,6 +146,7 @@ class PmkvqAttnBackend(AttentionBackend):
         """q: [ΣLq, Hq·D]; the chunk's K and V are stored first, then prefix and chunk are read."""
         return self._forward(self._extend, q, k, v, layer, forward_batch, save_kv_cache)
 
+    @torch.compiler.disable
     def _forward(
         self,
         wrappers: list[MixedKVDecodeWrapper] | list[MixedKVExtendWrapper],
@@ -103,6 +168,7 @@ class PmkvqAttnBackend(AttentionBackend):
         return out.reshape(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Padded rows have one token, at request slot 0, which is page 0."""
         return 1
 
     def support_triton(self) -> bool:

@@ -1,0 +1,355 @@
+#!/usr/bin/env python3
+"""Speed of the Triton kernels on this machine's GPU against FlashInfer and SGLang's Triton decode on bf16.
+
+    python benchmarks/kernels.py                      the whole table -> benchmarks/results/kernels_<GPU>.json
+    python benchmarks/kernels.py --only decode        one part: decode, extend, shrink, store, plan
+    python benchmarks/kernels.py --dry-run            no GPU: checks of tiny shapes in Triton's interpreter
+
+Every cell is checked against fp32 before it is timed; a cell that fails prints no time. A cell that does
+not fit the memory, and a baseline that cannot run, are rows of the table with the reason. Exits with 1 if
+any check failed or a baseline is missing, with 2 if there is no GPU.
+
+Timed by replays of a CUDA graph that rotates through layers, so that the data is several times the L2;
+the time of a row is the median of the replays, per layer. GB/s counts the bytes that must be read (and
+written), 1 GB = 1e9 bytes; the share is of a large device-to-device copy measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# As a script this folder would come first, and `import kernels` elsewhere means another package.
+sys.path[0] = str(ROOT)
+
+BATCHES = (1, 8, 32, 128)
+TOKENS = (4096, 16384, 65536, 131072)
+GQAS = (4, 8)
+KV_HEADS, HEAD_DIM, PAGE = 8, 128, 16
+PARTS = ("decode", "extend", "shrink", "store", "plan")
+CACHE_BYTES = 256 << 20  # several times the L2 of any GPU so far
+
+
+class Timer:
+    """Times functions of a layer index by CUDA graph replay."""
+
+    def __init__(self, repeats: int) -> None:
+        import torch
+
+        self.repeats = repeats
+        n = 1 << 31
+        source = torch.randint(0, 256, (n,), dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        p50 = self(lambda _: target.copy_(source), 2)["p50_us"]
+        self.copy_gbs = 2 * n / p50 / 1e3
+
+    def __call__(self, run: Callable[[int], Any], layers: int) -> dict[str, float]:
+        import torch
+
+        for layer in range(layers):
+            run(layer)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for layer in range(layers):
+                run(layer)
+        graph.replay()
+        times = []
+        for _ in range(self.repeats):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / layers)
+        p20, p50, p80 = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
+        return {"p20_us": round(p20, 2), "p50_us": round(p50, 2), "p80_us": round(p80, 2)}
+
+    def rate(self, row: dict[str, Any], moved: int) -> None:
+        row["bytes"] = moved
+        row["gbs"] = round(moved / row["p50_us"] / 1e3, 1)
+        row["share_of_copy"] = round(row["gbs"] / self.copy_gbs, 3)
+
+
+class Table:
+    """Rows, and whether all of them are what they should be."""
+
+    def __init__(self, out: Path | None, head: dict[str, Any]) -> None:
+        self.out, self.head, self.rows = out, head, list[dict[str, Any]]()
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        if self.out is not None:
+            lines = ",\n".join(f"  {json.dumps(r)}" for r in self.rows)
+            self.out.write_text(f'{{{json.dumps(self.head)[1:-1]}, "rows": [\n{lines}\n]}}\n')
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if "failed" in row]
+
+
+def layers_for(layer_bytes: int) -> int:
+    return max(1, min(32, -(-CACHE_BYTES // max(1, layer_bytes))))
+
+
+def guarded(table: Table, key: dict[str, Any], body: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """A row from ``body``; a failed check, a missing baseline or too little memory become the row."""
+    import torch
+
+    from benchmarks.kernel_cases import CheckFailed
+
+    try:
+        row = body()
+    except CheckFailed as error:
+        row = {"failed": str(error)}
+    except torch.OutOfMemoryError as error:
+        row = {"does_not_fit": str(error).split(". GPU")[0]}
+        torch.cuda.empty_cache()
+    except Exception as error:  # a missing or failing baseline, or a kernel that does not compile: say so, go on
+        row = {"failed": f"{type(error).__name__}: {error}"[:300]}
+    if row is not None:
+        table.add(**key, **row)
+    return row
+
+
+def attention_row(
+    part: str, timer: Timer | None, case: Any, q: Any, chunk: int
+) -> tuple[Any, dict[str, Any]]:
+    """Output of the last layer and the row of one case; ``chunk`` queries per request."""
+    from benchmarks import kernel_cases as kc
+    from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
+
+    scale, layers = HEAD_DIM**-0.5, case.storage.num_layers
+    decode, extend = MixedKVDecodeWrapper(backend="triton"), MixedKVExtendWrapper(backend="triton")
+    wrapper = decode if part == "decode" else extend
+    if part == "decode":
+        decode.plan(case.storage, case.req_pages, case.kv_lens)
+        out = decode.run(q, layers - 1, scale)
+        error = kc.check_decode(case, q, out, layers - 1, scale)
+    else:
+        extend.plan(case.storage, case.req_pages, case.kv_lens - chunk, case.kv_lens)
+        out = extend.run(q, layers - 1, scale)
+        error = kc.check_extend(case, q, out, layers - 1, scale, chunk)
+    row: dict[str, Any] = {"error": float(f"{error:.2g}")}
+    if timer is not None:
+        row |= timer(lambda layer: wrapper.run(q, layer, scale), layers)
+        timer.rate(row, case.layer_bytes + 2 * q.nbytes)
+        if part == "extend":
+            pairs = q.shape[0] * (int(case.kv_lens[0]) - chunk / 2)
+            row["tflops"] = round(4 * pairs * q.shape[1] * HEAD_DIM / row["p50_us"] / 1e6, 1)
+    return out, row
+
+
+def attention_cell(table: Table, timer: Timer | None, part: str, cell: dict[str, int], dtype: Any) -> None:
+    """Decode or extend at one batch and length: every mix, and the baselines on the all-16 pool."""
+    import torch
+
+    from benchmarks import kernel_cases as kc
+    from sglang_pmkvq.formats import PageShape
+
+    device = torch.device("cuda" if timer is not None else "cpu")
+    batch, tokens, chunk = cell["batch"], cell["tokens"], cell.get("chunk", 1)
+    shape = PageShape(PAGE, cell["kv_heads"], HEAD_DIM, HEAD_DIM)
+    scale, base = HEAD_DIM**-0.5, dict[str, float]()
+    q = torch.randn(batch * chunk, cell["kv_heads"] * cell["gqa"], HEAD_DIM, device=device).to(dtype)
+
+    def measure(rival: str, case: kc.Case, out: torch.Tensor) -> dict[str, Any]:
+        assert timer is not None
+        if rival == "sglang_triton":
+            run = kc.sglang_decode(case, q, scale)
+        elif part == "decode":
+            run = kc.flashinfer_decode(case, q, scale)
+        else:
+            run = kc.flashinfer_extend(case, q, scale, chunk)
+        layers = case.storage.num_layers
+        error = kc.check(rival, run(layers - 1), out, 2 * kc.TOLERANCE[dtype])
+        row = {"error": float(f"{error:.2g}"), **timer(run, layers)}
+        timer.rate(row, case.layer_bytes + 2 * q.nbytes)
+        base[rival] = row["p50_us"]
+        return row
+
+    def one(name: str, layers: int) -> None:
+        kept: list[Any] = []
+
+        def body() -> dict[str, Any]:
+            case = kc.make_case(shape, batch, tokens, kc.MIXES[name], layers, dtype, device)
+            out, row = attention_row(part, timer, case, q, chunk)
+            kept.extend((case, out))
+            return row | {f"times_{n}": round(t / row["p50_us"], 2) for n, t in base.items()}
+
+        guarded(table, {"part": part, "mix": name, **cell}, body)
+        if name == "all-16" and kept and timer is not None:
+            for rival in ("flashinfer", "sglang_triton") if part == "decode" else ("flashinfer",):
+                guarded(table, {"part": part, "baseline": rival, **cell}, lambda rival=rival: measure(rival, *kept))
+
+    for name, mix in kc.MIXES.items():
+        need = kc.layer_bytes_of(shape, batch, tokens, mix)
+        layers = layers_for(need) if timer is not None else 1
+        if timer is not None:
+            torch.cuda.empty_cache()
+            if need * layers * 1.05 > torch.cuda.mem_get_info()[0]:
+                table.add(part=part, mix=name, **cell, does_not_fit=f"needs {need * layers / 1e9:.1f} GB")
+                continue
+        one(name, layers)
+
+
+def pool_part(table: Table, timer: Timer | None, part: str, pages: int, layers: int, dtype: Any) -> None:
+    """Store, shrink and plan; each against torch on the same inputs, byte for byte."""
+    import torch
+
+    from benchmarks import kernel_cases as kc
+    from sglang_pmkvq.formats import PageShape
+    from sglang_pmkvq.kernels import page_ops
+    from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper
+    from sglang_pmkvq.kernels.device_pages import copy_launch, store_launch
+    from sglang_pmkvq.kernels.device_plan import PageSource, plan_launches
+    from sglang_pmkvq.kernels.reference.inputs import copies
+
+    device = torch.device("cuda" if timer is not None else "cpu")
+    heads = KV_HEADS if timer is not None else 1
+    shape = PageShape(PAGE, heads, HEAD_DIM, HEAD_DIM)
+
+    def twins(mix: tuple[float, ...]) -> tuple[kc.Case, kc.Case]:
+        a, b = (kc.make_case(shape, 2, pages * PAGE, mix, layers, dtype, device) for _ in range(2))
+        return a, b
+
+    def equal(a: kc.Case, b: kc.Case, name: str) -> None:
+        for x, y in zip((*a.storage.arenas, *a.storage.meta), (*b.storage.arenas, *b.storage.meta), strict=True):
+            assert x is not None and y is not None
+            if not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+                raise kc.CheckFailed(f"{name}: bytes differ from torch's")
+
+    def shrink(src: int, dst: int) -> dict[str, Any]:
+        a, b = twins(tuple(float(t == src) for t in (16, 8, 4, 2)))
+        # The first request's pages shrink into the second one's blocks, in random order.
+        units = [(a.storage.table[0][row.long()].long() >> 2).cpu().numpy() for row in a.req_pages]
+        page = a.req_pages[0].cpu().numpy()
+        command = copies(0, page, units[0], units[1], src, dst)  # a source block's first unit fits any lower tier
+        page_ops.execute(a.storage, [command], backend="torch")
+        page_ops.execute(b.storage, [command], backend="triton")
+        equal(a, b, f"shrink {src}→{dst}")
+        row: dict[str, Any] = {"pages": int(page.size), "layers": layers}
+        if timer is not None:
+            launch = copy_launch(b.storage, command)
+            row |= timer(lambda _: launch.run(), 1)
+            moved = shape.code_bytes(src) + shape.code_bytes(dst) + (shape.meta_bytes if src == 16 else 0)
+            timer.rate(row, 2 * moved * layers * int(page.size))
+        return row
+
+    def store() -> dict[str, Any]:
+        a, b = twins((1.0, 0.0, 0.0, 0.0))
+        slots = (a.req_pages.flatten().long()[:, None] * PAGE + torch.arange(PAGE, device=device)).flatten()
+        k, v = torch.randn(2, slots.numel(), heads, HEAD_DIM, device=device).to(dtype)
+        page_ops.store(a.storage, 0, slots, k, v, backend="torch")
+        page_ops.store(b.storage, 0, slots, k, v, backend="triton")
+        equal(a, b, "store")
+        row: dict[str, Any] = {"tokens": slots.numel()}
+        if timer is not None:
+            row |= timer(lambda layer: store_launch(b.storage, layer, slots, k, v).run(), layers)
+            timer.rate(row, 4 * k.nbytes)
+        return row
+
+    def plan(batch: int, tokens: int) -> dict[str, Any]:
+        small = PageShape(PAGE, 1, 64, 64)  # the plan does not read KV
+        case = kc.make_case(small, batch, tokens, kc.MIXES["mix"], 1, dtype, device)
+        wrapper = MixedKVDecodeWrapper(backend="triton")
+        wrapper.plan(case.storage, case.req_pages, case.kv_lens)
+        device_plan = wrapper._device
+        assert device_plan is not None and device_plan.buffers is not None
+        buffers, n = device_plan.buffers, case.req_pages.shape[1]
+        entries = case.storage.table[0][case.req_pages.long()]
+        order = torch.sort(entries & 3, dim=1, stable=True).indices
+        if not torch.equal(buffers.k_units[:batch, :n], (entries.gather(1, order) >> 2).int()):
+            raise kc.CheckFailed("plan: lists differ from a stable sort by step")
+        row: dict[str, Any] = {}
+        if timer is not None:
+            source = PageSource(case.req_pages)
+            row |= timer(lambda _: [x.run() for x in plan_launches(buffers, source, case.kv_lens)], 1)
+        return row
+
+    if part == "shrink":
+        for src, dst in ((16, 8), (16, 4), (16, 2), (8, 4), (8, 2), (4, 2), (16, 16), (4, 4)):
+            guarded(table, {"part": part, "from": src, "to": dst}, lambda src=src, dst=dst: shrink(src, dst))
+    elif part == "store":
+        guarded(table, {"part": part}, store)
+    else:
+        sizes = ((1, 4096), (32, 16384), (256, 131072)) if timer is not None else ((1, 40), (3, 5000))
+        for batch, tokens in sizes:
+            key = {"part": part, "batch": batch, "tokens": tokens}
+            guarded(table, key, lambda batch=batch, tokens=tokens: plan(batch, tokens))
+
+
+def attention_cells(part: str, dry: bool) -> list[dict[str, int]]:
+    if dry:
+        cell = {"batch": 2, "tokens": 100, "gqa": 4, "kv_heads": 1}
+        return [{**cell, "chunk": 5} if part == "extend" else cell]
+    cells = [
+        {"batch": b, "tokens": t, "gqa": g, "kv_heads": KV_HEADS}
+        for g in GQAS
+        for t in TOKENS
+        for b in ((1, 8) if part == "extend" else BATCHES)
+    ]
+    return [{**c, "chunk": 2048} for c in cells if c["tokens"] > 2048] if part == "extend" else cells
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, help="one part of the table")
+    parser.add_argument("--dry-run", action="store_true", help="check tiny shapes in the interpreter, time nothing")
+    parser.add_argument("--repeats", type=int, default=30, help="graph replays per row")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--out", type=Path, help="data file (default: benchmarks/results/kernels_<GPU>.json)")
+    arguments = parser.parse_args()
+    if arguments.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    import torch
+    import triton
+
+    if not arguments.dry_run and not torch.cuda.is_available():
+        print("no CUDA GPU on this machine: nothing was timed (--dry-run checks on the CPU)", file=sys.stderr)
+        return 2
+    gpu = "interpreter" if arguments.dry_run else torch.cuda.get_device_name()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    head = {
+        "command": "python benchmarks/kernels.py " + " ".join(sys.argv[1:]),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit,
+        "dtype": arguments.dtype,
+        "head_dim": HEAD_DIM,
+        "page_size": PAGE,
+    }
+    timer = None
+    out = arguments.out
+    if not arguments.dry_run:
+        timer = Timer(arguments.repeats)
+        head["copy_gbs"] = round(timer.copy_gbs, 1)
+        out = out or ROOT / "benchmarks" / "results" / f"kernels_{gpu.lower().replace(' ', '_')}.json"
+    print(json.dumps(head), flush=True)
+    table = Table(out, head)
+    dtype = getattr(torch, arguments.dtype)
+    for part in (arguments.only,) if arguments.only else PARTS:
+        if part in ("decode", "extend"):
+            for cell in attention_cells(part, arguments.dry_run):
+                attention_cell(table, timer, part, cell, dtype)
+        else:
+            pool_part(table, timer, part, *((4096, 4) if timer is not None else (4, 1)), dtype)
+    if arguments.dry_run:
+        print("dry run: no times, and the baselines (FlashInfer, SGLang's Triton decode) need a GPU and were not run")
+    for row in table.failed:
+        print("FAILED", json.dumps(row), file=sys.stderr)
+    return 1 if table.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

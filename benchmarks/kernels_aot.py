@@ -1,0 +1,238 @@
+"""Ahead-of-time compilation of the Triton kernels for GPUs that are not there: what ptxas says about each.
+
+    python -m benchmarks.kernels_aot                remakes benchmarks/results/kernels_aot.json
+    python -m benchmarks.kernels_aot --only TEXT    the configurations whose name contains TEXT, others kept
+    python -m benchmarks.kernels_aot --sample       those that the normal test suite compiles, others kept
+
+Launches are built by the same code that runs them, on small CPU tensors, and compiled instead of run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sglang_pmkvq.formats import LayerGroup, PageShape
+from sglang_pmkvq.kernels.device_attention import DevicePlan, run_launches
+from sglang_pmkvq.kernels.device_pages import copy_launch, store_launch, table_launch
+from sglang_pmkvq.kernels.device_plan import PageSource, plan_launches
+from sglang_pmkvq.kernels.launch import Launch, interpreted
+from sglang_pmkvq.kernels.reference.inputs import copies
+from sglang_pmkvq.kernels.storage import GroupStorage
+
+RESULTS = Path(__file__).parent / "results" / "kernels_aot.json"
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FINALS = ((16, 16), (8, 8), (4, 4), (2, 2), (4, 2))
+POINTERS = {
+    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64", torch.float16: "*fp16",
+    torch.bfloat16: "*bf16", torch.float32: "*fp32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """One compilation: ``kernel`` is the name of a launch below."""
+
+    kernel: str
+    arch: int
+    dtype: str = "bf16"
+    head_dim: int = 128
+    group_size: int = 128
+    page_size: int = 16
+    finals: tuple[int, int] = (4, 2)
+    gqa: int = 4
+    key_scale: bool = False
+    logit_cap: bool = False
+
+    @property
+    def name(self) -> str:
+        flags = ("-scale" if self.key_scale else "") + ("-cap" if self.logit_cap else "")
+        return (
+            f"{self.kernel}-sm{self.arch}-{self.dtype}-d{self.head_dim}g{self.group_size}p{self.page_size}"
+            f"-k{self.finals[0]}v{self.finals[1]}-gqa{self.gqa}{flags}"
+        )
+
+
+def configs() -> Iterator[Config]:
+    """Every configuration of the table. ``sample()`` is the part that the normal test suite compiles."""
+    for arch in ARCHITECTURES:
+        for finals in FINALS:
+            for d in (64, 128, 256):
+                yield Config("decode", arch, head_dim=d, group_size=min(d, 128), finals=finals)
+            yield Config("decode", arch, "fp16", finals=finals)
+        for g in (32, 64):
+            yield Config("decode", arch, group_size=g)
+        yield Config("decode", arch, head_dim=256, group_size=32)
+        yield Config("decode", arch, page_size=64)
+        yield Config("decode", arch, gqa=16)
+        for d in (64, 128, 256):
+            yield Config("extend", arch, head_dim=d, group_size=min(d, 128))
+            yield Config("copy", arch, head_dim=d, group_size=min(d, 128), finals=(2, 2))
+        yield Config("extend", arch, "fp16")
+        yield Config("extend", arch, finals=(16, 16))
+        for kernel in ("decode", "extend"):
+            yield Config(kernel, arch, key_scale=True, logit_cap=True)
+        yield Config("copy", arch)
+        yield Config("copy", arch, "fp16", finals=(8, 8))
+        yield Config("copy", arch, group_size=32, key_scale=True)
+        for kernel in ("merge", "store", "count", "scatter", "schedule", "ranges", "table"):
+            yield Config(kernel, arch)
+
+
+def sample() -> Iterator[Config]:
+    """Each kernel once per architecture, decode at head_dim 128 and 256, both dtypes."""
+    for arch in ARCHITECTURES:
+        yield Config("decode", arch)
+        yield Config("decode", arch, "fp16", finals=(4, 4))
+        yield Config("decode", arch, head_dim=256, finals=(8, 8))
+        yield Config("extend", arch, finals=(16, 16))
+        for kernel in ("merge", "store", "count", "scatter", "schedule", "ranges", "table"):
+            yield Config(kernel, arch)
+        yield Config("copy", arch, finals=(2, 2))
+
+
+def launches(config: Config) -> dict[str, Launch]:
+    """The launches of a configuration by name."""
+    heads = 2
+    shape = PageShape(config.page_size, heads, config.head_dim, config.group_size)
+    group = LayerGroup((0, 1), *config.finals)
+    scale = torch.ones(2, heads, config.head_dim) if config.key_scale else None
+    superblocks = [4] * len(group.arena_sides)
+    storage = GroupStorage.allocate(shape, group, superblocks, 8, DTYPES[config.dtype], key_scale=scale)
+    requests, pages, hq = 4, 512, heads * config.gqa
+    plan = DevicePlan()
+    plan.reserve(storage, requests, pages, hq, columns=True)
+    assert plan.buffers is not None
+    source = PageSource(torch.zeros(requests, pages * config.page_size, dtype=torch.int32),
+                        torch.zeros(requests, dtype=torch.int64), config.page_size, config.page_size)  # fmt: skip
+    q_len = np.array([1, 1, 160, 200])
+    q_row = np.cumsum(q_len) - q_len
+    plan.requests, plan.num_queries, plan.singles = requests, int(q_len.sum()), 2
+    plan.chunks, plan.q_len, plan.q_row = (q_len, q_row), torch.from_numpy(q_len).int(), torch.from_numpy(q_row).int()
+    plan.kv_lens = torch.full((requests,), 300, dtype=torch.int32)
+    q = torch.zeros(plan.num_queries, hq, config.head_dim, dtype=storage.dtype)
+    lse = torch.zeros(plan.num_queries, hq)
+    attention = list(run_launches(plan, q, 0, 0.1, 30.0 if config.logit_cap else 0.0, torch.empty_like(q), lse))
+    index = list(plan_launches(plan.buffers, source, plan.kv_lens.long(), None, pages))
+    rows = torch.zeros(24, heads, config.head_dim, dtype=storage.dtype)
+    page = np.arange(4)
+    names = ["decode", "merge", "extend", "count", "scatter", "schedule", "ranges", "store", "table", "copy"]
+    update = type("Update", (), {"page": page, "entry": page, "arena": 0})()
+    others = [
+        store_launch(storage, 0, torch.zeros(24, dtype=torch.int64), rows, rows),
+        table_launch(storage, update),
+        copy_launch(storage, copies(0, page, page, page, 2, 2)),
+    ]
+    return dict(zip(names, [*attention, *index, *others], strict=True))
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """Triton's compiled kernel for an architecture, specialized as a run of the launch would be."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    assert not interpreted(), "TRITON_INTERPRET is set: nothing would be compiled"
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[object]]] = {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.args[parameter.name]
+        signature[parameter.name] = "constexpr"
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            constants[parameter.name] = value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def tool(name: str, *arguments: str) -> str:
+    """Output of a CUDA binary tool that Triton ships."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+
+
+def describe(compiled: Any) -> dict[str, int]:
+    """Registers, shared memory, spilled bytes and instruction counts of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = tool("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    ops = Counter(INSTRUCTION.findall(sass))
+
+    def count(*prefixes: str) -> int:
+        return sum(n for op, n in ops.items() if op.split(".")[0] in prefixes)
+
+    wide = ("LDG", "LDGSTS")
+    return {
+        "registers": int(found.group(1)),
+        "stack": int(found.group(2)),
+        "spills": count("LDL", "STL"),
+        "shared": int(compiled.metadata.shared),
+        "instructions": sum(n for op, n in ops.items() if op.split(".")[0] != "NOP"),
+        "mma": count("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA"),
+        "loads16": sum(n for op, n in ops.items() if op.split(".")[0] in wide and ".128" in op),
+        "async16": sum(n for op, n in ops.items() if op.split(".")[0] == "LDGSTS" and ".128" in op),
+        "loads": count(*wide),
+        "conversions": count("I2F", "I2FP"),
+    }
+
+
+def measure(config: Config) -> dict[str, int]:
+    return describe(compile_launch(launches(config)[config.kernel], config.arch))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--sample", action="store_true", help="those that the normal test suite compiles")
+    arguments = parser.parse_args()
+    some = arguments.only or arguments.sample
+    chosen = {c.name for c in (sample() if arguments.sample else configs()) if arguments.only in c.name}
+    old = json.loads(RESULTS.read_text())["kernels"] if some and RESULTS.exists() else {}
+    table: dict[str, dict[str, int]] = {}
+    for config in configs():
+        if config.name in chosen:
+            table[config.name] = measure(config)
+            print(config.name, *(f"{k}={v}" for k, v in table[config.name].items()), flush=True)
+        elif config.name in old:
+            table[config.name] = old[config.name]
+    import triton
+
+    head = {"command": "python -m benchmarks.kernels_aot", "triton": triton.__version__}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
+    RESULTS.write_text(f'{{{json.dumps(head)[1:-1]}, "kernels": {{\n{lines}\n}}}}\n')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""SGLang's attention backend and pool on the Triton path, with stand-ins for its runner and batches.
+
+What a GPU would capture is not captured here; what is checked is that plans go through fixed buffers, that
+padded rows are harmless, and that the pool's writes resolve slots in the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from sglang_pmkvq.attention.backend import PmkvqAttnBackend
+from sglang_pmkvq.commands import CommandBatch, TableUpdate
+from sglang_pmkvq.config import Limits
+from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, PageShape, geometry_for_pages, groups_from_finals
+from sglang_pmkvq.kernels.reference import attention as reference
+from sglang_pmkvq.kernels.reference.inputs import copies
+from sglang_pmkvq.ledger import PolicyConfig
+from sglang_pmkvq.pool import MixedPrecisionTokenPool, PoolSetup
+from tests.triton_checks import relative_error
+
+P, H, D, HQ = 16, 1, 64, 4
+SCALE = D**-0.5
+LAYERS = 3  # layers 0 and 2 end at (4, 4), layer 1 at (8, 8)
+
+
+@pytest.fixture
+def backend(monkeypatch) -> PmkvqAttnBackend:
+    """A backend over a pool of 12 mapped 16-bit pages; the last superblocks are free."""
+    monkeypatch.setattr(MixedPrecisionTokenPool, "backend", "triton")
+    groups = groups_from_finals([(4, 4), (8, 8), (4, 4)])
+    geometry = geometry_for_pages(PageShape(P, H, D, D), groups, 12, 12)
+    setup = PoolSetup(geometry, PolicyConfig(), Limits(4, 64, 12), geometry.total_bytes, 100)
+    pool = MixedPrecisionTokenPool(setup, 12 * P, P, torch.bfloat16, H, D, LAYERS, "cpu", False)
+    pages = np.arange(13, dtype=np.int32)
+    table = tuple(TableUpdate(g, 0, pages, pages * UNITS_PER_SUPERBLOCK << STEP_BITS) for g in range(2))
+    pool.execute(CommandBatch(table=table))
+    req_to_token = torch.zeros(5, 8 * P, dtype=torch.int32)
+    runner = SimpleNamespace(
+        token_to_kv_pool=pool,
+        req_to_token_pool=SimpleNamespace(req_to_token=req_to_token),
+        device="cpu",
+        model_config=SimpleNamespace(num_attention_heads=2 * HQ),
+        tp_size=2,
+    )
+    return PmkvqAttnBackend(runner)  # type: ignore[arg-type]
+
+
+def layer_of(index: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        layer_id=index, sliding_window_size=None, is_cross_attention=False, attn_type=AttentionType.DECODER,
+        qk_head_dim=D, v_head_dim=D, tp_q_head_num=HQ, scaling=SCALE, logit_cap=0.0,
+    )  # fmt: skip
+
+
+def slots_of(pages: list[int], tokens: int) -> torch.Tensor:
+    return (torch.tensor(pages)[:, None] * P + torch.arange(P)).flatten()[:tokens]
+
+
+def assign(backend: PmkvqAttnBackend, row: int, pages: list[int], tokens: int) -> None:
+    backend.req_to_token_pool.req_to_token[row, :tokens] = slots_of(pages, tokens).int()
+
+
+def batch_of(mode: ForwardMode, rows: list[int], lens: list[int], loc: torch.Tensor, prefix=None) -> SimpleNamespace:
+    return SimpleNamespace(
+        forward_mode=mode, batch_size=len(rows), req_pool_indices=torch.tensor(rows), seq_lens=torch.tensor(lens),
+        seq_lens_cpu=torch.tensor(lens), seq_lens_sum=sum(lens), out_cache_loc=loc,
+        extend_prefix_lens_cpu=prefix, extend_prefix_lens=None,
+    )  # fmt: skip
+
+
+def want(backend: PmkvqAttnBackend, layer: int, q: torch.Tensor, pages: list[int], tokens: int, prefix=None):
+    group, index = backend.token_to_kv_pool.place(layer)
+    storage = backend.token_to_kv_pool.storages[group]
+    k, v = (reference.read_sequence(storage, side, index, pages, tokens) for side in (0, 1))
+    return reference.attention(q.view(-1, HQ, D), k, v, SCALE, prefix_len=prefix)[0].flatten(1)
+
+
+def shrink(backend: PmkvqAttnBackend, group: int, page: int, step: int, unit: int) -> None:
+    storage = backend.token_to_kv_pool.storages[group]
+    old = int(storage.table[0, page])
+    src, dst = (storage.group.arena_tier(0, s) for s in (old & 3, step))
+    command = copies(0, [page], [old >> STEP_BITS], [unit], src, dst)
+    command = type(command)(group, *(getattr(command, f) for f in list(command.__dataclass_fields__)[1:]))
+    update = TableUpdate(group, 0, np.array([page], np.int32), np.array([unit << STEP_BITS | step], np.int32))
+    backend.token_to_kv_pool.execute(CommandBatch(((command,),), (update,)))
+
+
+def test_extend_then_decode_through_graph_buffers(backend):
+    """Chunks of two requests, shrinks between steps, then padded decode steps that reuse every buffer."""
+    gen = torch.Generator().manual_seed(0)
+    pages = {1: [3, 7, 5], 3: [2, 9]}
+    lens = {1: 40, 3: 17}
+    for row in pages:
+        assign(backend, row, pages[row], 48 if row == 1 else 32)
+
+    # A mixed batch: row 1 a chunk from nothing, row 3 too.
+    loc = torch.cat([slots_of(pages[r], lens[r]) for r in pages])
+    batch = batch_of(ForwardMode.EXTEND, [1, 3], [40, 17], loc, prefix=[0, 0])
+    backend.init_forward_metadata(batch)
+    for layer in range(LAYERS):
+        q = torch.randn(57, HQ * D, generator=gen).bfloat16()
+        k, v = torch.randn(2, 57, H * D, generator=gen).bfloat16()
+        out = backend.forward_extend(q, k, v, layer_of(layer), batch)
+        expected = torch.cat(
+            [want(backend, layer, q[:40], pages[1], 40, 0), want(backend, layer, q[40:], pages[3], 17, 0)]
+        )
+        assert out.shape == (57, HQ * D) and relative_error(out, expected) < 1e-2
+
+    backend.init_cuda_graph_state(4, 4)
+    assert backend._graph_decode is not None
+    buffers = [w._device.buffers.pages.data_ptr() for w in backend._graph_decode]
+    free = [s.superblocks[0] * UNITS_PER_SUPERBLOCK for s in backend.token_to_kv_pool.storages]
+    for step in range(3):
+        if step < 2:  # page 3 shrinks by a step in the first group, and once in the second
+            shrink(backend, 0, 3, step + 1, free[0] - 8 * (step + 1))
+        if step == 0:
+            shrink(backend, 1, 3, 1, free[1] - 8)
+        lens = {r: n + 1 for r, n in lens.items()}
+        new = torch.tensor([slots_of(pages[r], lens[r])[-1] for r in (1, 3)])
+        # SGLang's padded view: rows of request slot 0, one token each, and slots of page 0.
+        view = batch_of(ForwardMode.DECODE, [1, 3, 0, 0], [lens[1], lens[3], 1, 1], new)
+        backend.init_forward_metadata_out_graph(view, in_capture=step == 0)
+        backend.init_forward_metadata_in_graph(view)
+        captured = batch_of(ForwardMode.DECODE, [], [], torch.cat([new, torch.zeros(2, dtype=torch.int64)]))
+        for layer in range(LAYERS):
+            q = torch.randn(4, HQ * D, generator=gen).bfloat16()
+            k, v = torch.randn(2, 4, H * D, generator=gen).bfloat16()
+            out = backend.forward_decode(q, k, v, layer_of(layer), captured)
+            for i, row in enumerate((1, 3)):
+                expected = want(backend, layer, q[i : i + 1], pages[row], lens[row])
+                assert relative_error(out[i], expected[0]) < 1e-2
+            assert out.isfinite().all()
+    assert [w._device.buffers.pages.data_ptr() for w in backend._graph_decode] == buffers
+    assert all(int(w._device.buffers.unmapped) == 0 for w in backend._graph_decode)
+
+
+def test_eager_decode_does_not_touch_graph_buffers(backend):
+    backend.init_cuda_graph_state(2, 2)
+    assert backend._graph_decode is not None
+    before = [w._device.buffers.pages.clone() for w in backend._graph_decode]
+    assign(backend, 2, [4, 6], 20)
+    loc = slots_of([4, 6], 20)
+    k = v = torch.randn(20, H * D).bfloat16()
+    for layer in range(LAYERS):
+        backend.token_to_kv_pool.set_kv_buffer(layer_of(layer), loc, k.view(20, H, D), v.view(20, H, D))
+    batch = batch_of(ForwardMode.DECODE, [2], [20], loc[-1:])
+    backend.init_forward_metadata(batch)
+    q = torch.randn(1, HQ * D).bfloat16()
+    out = backend.forward_decode(q, k[-1:], v[-1:], layer_of(1), batch)
+    assert relative_error(out, want(backend, 1, q, [4, 6], 20)) < 1e-2
+    assert all(torch.equal(w._device.buffers.pages, b) for w, b in zip(backend._graph_decode, before, strict=True))
+    assert backend.get_cuda_graph_seq_len_fill_value() == 1

@@ -1,0 +1,193 @@
+"""Store, block copies and tables in the interpreter: every byte of the pool as the torch path leaves it.
+
+The torch path is itself held to the definition byte by byte (``tests/test_kernels_pages.py``), so equal
+pools mean equal codes, zeros and ranges, and that nothing else was written.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_pmkvq.commands import ArenaCopies, CommandBatch, TableUpdate
+from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, UNMAPPED, LayerGroup, PageShape, tier_units
+from sglang_pmkvq.kernels import page_ops
+from sglang_pmkvq.kernels.reference.inputs import Inputs, copies, make_inputs
+from sglang_pmkvq.kernels.storage import GroupStorage
+from tests.kernel_checks import check_page_layout
+
+PAIRS = [(16, 16), (8, 8), (4, 4), (2, 2), (16, 8), (16, 4), (16, 2), (8, 4), (8, 2), (4, 2)]
+# page size, KV heads, head dim, channels per group
+SHAPES = [(16, 2, 64, 32), (16, 1, 128, 128), (32, 3, 64, 64), (16, 1, 256, 64), (64, 1, 128, 32), (64, 2, 256, 128)]
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def snapshot(storage: GroupStorage) -> list[torch.Tensor]:
+    """Every tensor of a storage; side arrays as bits, for stale ones hold NaN."""
+    meta = [m.view(torch.int16) for m in storage.meta if m is not None]
+    return [t.clone() for t in (*storage.arenas, *meta, storage.table, storage.clipped_groups)]
+
+
+def same(a: GroupStorage, b: GroupStorage) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(snapshot(a), snapshot(b), strict=True))
+
+
+def twins(*args, **kwargs) -> tuple[Inputs, Inputs]:
+    return make_inputs(*args, **kwargs), make_inputs(*args, **kwargs)
+
+
+def adversarial(tokens: int, heads: int, dim: int, seed: int) -> torch.Tensor:
+    """Rows with constants, tiny and huge ranges, offsets, NaN, infinities and values beyond fp16."""
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, heads, dim, generator=gen)
+    x *= torch.exp2(torch.randint(-26, 16, (tokens, heads, 1), generator=gen).float())
+    x += torch.randn(tokens, heads, 1, generator=gen) * 100
+    x[::7] = x[::7, :, :1]
+    x[1::16, :, 3] = torch.nan
+    x[2::16, :, -1] = torch.inf
+    x[3::16, :, 0] = -torch.inf
+    x[4::16, :, 9] = 1e6
+    x[5::16] = -3e30
+    x[6::16, :, 0], x[6::16, :, 1] = -3e38, 3e38
+    x[8::16] = 0.0
+    x[9::16] = (torch.arange(dim).float() % 511) / 2  # ties of the first rounding
+    return x
+
+
+def fill(storage: GroupStorage, pages: list[int], seed: int) -> None:
+    p, h, d = storage.shape.page_size, storage.shape.num_kv_heads, storage.shape.head_dim
+    slots = (torch.tensor(pages)[:, None] * p + torch.arange(p)).flatten()
+    for layer in range(storage.num_layers):
+        kv = [adversarial(len(slots), h, d, seed + 2 * layer + side) for side in (0, 1)]
+        page_ops.store(storage, layer, slots, kv[0], kv[1], backend="torch")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("finals", [(4, 4), (4, 2)])
+def test_store_writes_its_rows_and_nothing_else(finals, dtype):
+    a, b = twins(1, PageShape(16, 3, 64, 32), LayerGroup((3, 5), *finals), [40, 3], steps=0, dtype=dtype)
+    slots = torch.tensor([p * 16 + o for p in a.pages(0)[:2] for o in (0, 7, 15)] + [0, 0])
+    kv = torch.randn(len(slots), 2, 3, 64).to(dtype)
+    kv[-1] = kv[-2]  # padded rows: page 0, the same bytes twice
+    for inputs, backend in ((a, "torch"), (b, "triton")):
+        for index in (slots, slots.int()):
+            page_ops.store(inputs.storage, 1, index, kv[:, 0], kv[:, 1], backend=backend)
+    assert same(a.storage, b.storage)
+
+
+def test_store_converts_and_skips_what_is_not_writable():
+    a, b = twins(1, PageShape(16, 1, 64, 64), LayerGroup((0,), 4, 2), [48], steps=[0, 1, 0])
+    whole, shrunk, gone = a.pages(0)
+    rows = torch.randn(4, 1, 64).bfloat16().float()  # the interpreter truncates where a GPU rounds
+    for inputs in (a, b):
+        inputs.storage.table[:, gone] = UNMAPPED
+    page_ops.store(a.storage, 0, torch.tensor([whole * 16 + 1]), rows[:1], rows[:1])
+    far = (b.storage.num_pages + 9) * 16
+    slots = torch.tensor([whole * 16 + 1, shrunk * 16, gone * 16 + 3, far])
+    page_ops.store(b.storage, 0, slots, rows, rows, backend="triton")
+    assert same(a.storage, b.storage)
+    with pytest.raises(ValueError, match=r"k must have shape \(1, 1, 64\)"):
+        page_ops.store(b.storage, 0, slots[:1], rows[0], rows[:1], backend="triton")
+
+
+def check_copies(pair, shape, finals, dtype, key_scale, seed) -> None:
+    src_tier, dst_tier = pair
+    group = LayerGroup((0, 1), *finals)
+    a, b = twins(seed, PageShape(*shape), group, [4 * shape[0]], steps=0, dtype=dtype, key_scale=key_scale)
+    for arena, sides in enumerate(group.arena_sides):
+        if dst_tier < group.final_of(sides[0]):
+            continue
+        free = (a.storage.num_pages + 1) * UNITS_PER_SUPERBLOCK
+        pages = np.array(a.pages(0))[[2, 0, 3]]
+        src = (a.storage.table[arena, torch.from_numpy(pages)].long() >> STEP_BITS).numpy()
+        dst = free + np.array([2, 0, 1]) * UNITS_PER_SUPERBLOCK + np.array([0, 8 - tier_units(dst_tier), 0])
+        for inputs, backend in ((a, "torch"), (b, "triton")):
+            fill(inputs.storage, inputs.pages(0), seed)
+            command = copies(arena, pages, src, dst, src_tier, dst_tier)
+            page_ops.execute(inputs.storage, [command], backend=backend)
+        assert same(a.storage, b.storage)
+
+
+@pytest.mark.parametrize("index,pair", list(enumerate(PAIRS)))
+def test_copies_equal_the_torch_path(index, pair):
+    shape, dtype = SHAPES[index % len(SHAPES)], DTYPES[index % 2]
+    check_copies(pair, shape, (2, 2) if index % 3 else (2, 4), dtype, key_scale=index % 2 == 0, seed=index)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("pair,shape,dtype", list(product(PAIRS, SHAPES, DTYPES)))
+@pytest.mark.parametrize("finals", [(2, 2), (2, 4), (8, 2)])
+def test_copies_matrix(pair, shape, dtype, finals):
+    check_copies(pair, shape, finals, dtype, key_scale=shape[0] == 16, seed=pair[0] + pair[1])
+
+
+@pytest.mark.parametrize("finals", [(4, 4), (2, 8)])
+def test_a_wave_of_mixed_pairs_is_one_launch(finals, monkeypatch):
+    """Moves, quantizations and shifts of one wave at once, and the pages then are what the definition says."""
+    launched = []
+    from sglang_pmkvq.kernels.launch import Launch
+
+    original = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (launched.append(self), original(self))[1])
+    group = LayerGroup((0, 1), *finals)
+    steps = len(group.steps)
+    a, b = twins(5, PageShape(16, 2, 64, 32), group, [16 * 6], steps=[0, 1, 0, 1, 1, 0][:6], key_scale=True)
+    for inputs, backend in ((a, "torch"), (b, "triton")):
+        storage, pages = inputs.storage, np.array(inputs.pages(0))
+        for arena in range(len(group.arena_sides)):
+            at = np.array([0, 1, 0, 1, 1, 0])
+            to = np.minimum(at + np.array([1, 0, steps - 1, 1, 0, 0]), steps - 1)
+            src_tier, dst_tier = (np.array([group.arena_tier(arena, s) for s in x], dtype=np.uint8) for x in (at, to))
+            src = storage.table[arena, torch.from_numpy(pages)].numpy() >> STEP_BITS
+            dst = (2 * (storage.num_pages + 1) - np.arange(6) + 1) * UNITS_PER_SUPERBLOCK
+            command = ArenaCopies(0, arena, pages.astype(np.int32), src, dst.astype(np.int32), src_tier, dst_tier)
+            launched.clear()
+            page_ops.execute(storage, [command], backend=backend)
+            assert len(launched) == (backend == "triton")
+            entries = (dst << STEP_BITS | to).astype(np.int32)
+            page_ops.apply_table(storage, [TableUpdate(0, arena, pages, entries)], backend=backend)
+    assert same(a.storage, b.storage)
+    for page in b.pages(0):
+        check_page_layout(b, page)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), shape=st.sampled_from(SHAPES[:4]), finals=st.sampled_from([(2, 2), (4, 2)]))
+def test_a_pool_built_by_triton_alone_is_the_same_pool(seed, shape, finals):
+    """Random steps reached one at a time, every store, copy and table update by Triton."""
+    group, lens = LayerGroup((0, 1), *finals), [3 * shape[0], 5]
+    a = make_inputs(seed, PageShape(*shape), group, lens, key_scale=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_ops, "uses_triton", lambda storage, backend: True)
+        b = make_inputs(seed, PageShape(*shape), group, lens, key_scale=True)
+    assert same(a.storage, b.storage)
+
+
+def test_batches_and_refusals():
+    inputs = make_inputs(3, PageShape(16, 1, 64, 64), LayerGroup((0,), 4, 4), [32], steps=0)
+    storage = inputs.storage
+    a, b = inputs.pages(0)
+    units = {p: int(storage.table[0, p]) >> STEP_BITS for p in (a, b)}
+    spare = (storage.num_pages + 1) * UNITS_PER_SUPERBLOCK
+    wave1 = (copies(0, [a], [units[a]], [spare], 16, 8), copies(0, [b], [units[b]], [spare + 8], 16, 16))
+    wave2 = (copies(0, [a], [spare], [units[b]], 8, 4),)
+    entries = np.array([units[b] << STEP_BITS | 2, spare + 8 << STEP_BITS], dtype=np.int32)
+    table = (TableUpdate(0, 0, np.array([a, b], dtype=np.int32), entries),)
+    page_ops.execute_batch([storage], CommandBatch((wave1, wave2), table), backend="triton")
+    check_page_layout(inputs, a)
+    check_page_layout(inputs, b)
+    for command, match in (
+        (copies(0, [a], [0], [8], 8, 16), "never gains precision"),
+        (copies(0, [a], [2], [8], 16, 8), "multiples of 8"),
+        (copies(0, [a], [0], [8], 16, 2), "end at 4 bits, got a destination of 2"),
+        (copies(0, [99], [0], [8], 16, 8), r"pages must be in \[0, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            page_ops.execute(storage, [command], backend="triton")
+    with pytest.raises(ValueError, match=r"pages must be in \[0, 2\]"):
+        page_ops.apply_table(storage, [TableUpdate(0, 0, np.array([3]), np.array([0]))], backend="triton")

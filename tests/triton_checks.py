@@ -1,0 +1,142 @@
+"""Checks of the Triton kernels against the reference; they run in the interpreter and on a GPU alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from sglang_pmkvq.formats import SIDES, LayerGroup, PageShape
+from sglang_pmkvq.kernels import device_attention
+from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
+from sglang_pmkvq.kernels.reference import attention as reference
+from sglang_pmkvq.kernels.reference.inputs import Inputs, make_inputs
+from sglang_pmkvq.kernels.storage import GroupStorage
+from tests.kernel_checks import reference_of
+
+FINALS = [(8, 8), (4, 4), (2, 2), (4, 2), (2, 8), (16, 4), (8, 16), (16, 16)]
+# page size, KV heads, head dim, channels per group, query heads per KV head
+SHAPES = [
+    (16, 2, 128, 128, 4),
+    (16, 2, 64, 32, 3),
+    (32, 1, 256, 128, 8),
+    (64, 1, 128, 64, 1),
+    (32, 2, 64, 64, 2),
+    (16, 1, 256, 64, 16),
+    (64, 1, 64, 64, 4),
+    (16, 1, 128, 32, 5),
+    (32, 1, 128, 128, 16),
+    (64, 1, 256, 32, 2),
+]
+DTYPES = [torch.float16, torch.bfloat16]
+WINDOW = 128
+# One case per pair of finals, every shape and both dtypes somewhere.
+SAMPLE = [(f, SHAPES[i % len(SHAPES)], DTYPES[i % 2]) for i, f in enumerate(FINALS + [(4, 2), (2, 2)])]
+
+# ‖out − ref‖ / ‖ref‖ per request, against the fp32 reference on the same dequantized values.
+RELATIVE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# Rounding q̃ to the dot dtype moves a score by its error times the range of the keys.
+LSE_ABSOLUTE = {torch.float16: 1e-2, torch.bfloat16: 1e-1}
+SENTINEL = 12288.0
+
+
+def boundary_lens(p: int) -> list[int]:
+    return [1, p - 1, p, p + 1, 3 * p + 5]
+
+
+def inputs_of(
+    seed: int, finals: tuple[int, int], shape: tuple[int, ...], dtype: torch.dtype, lens: list[int], **more: Any
+) -> Inputs:
+    """``make_inputs`` of one layer from a row of the matrix; even seeds have a key scale."""
+    p, h, d, g, per_head = shape
+    more = {"query_heads": h * per_head, "key_scale": seed % 2 == 0, **more}
+    return make_inputs(seed, PageShape(p, h, d, g), LayerGroup((0,), *finals), lens, dtype=dtype, **more)
+
+
+def on_device(storage: GroupStorage, device: str) -> GroupStorage:
+    """The same storage on a device."""
+    arenas, meta = (tuple(None if t is None else t.to(device) for t in x) for x in (storage.arenas, storage.meta))
+    scale = None if storage.key_scale is None else storage.key_scale.to(device)
+    return dataclasses.replace(
+        storage, arenas=arenas, meta=meta, table=storage.table.to(device), key_scale=scale,
+        clipped_groups=storage.clipped_groups.to(device),
+    )  # fmt: skip
+
+
+def relative_error(out: torch.Tensor, want: torch.Tensor) -> float:
+    return float((out.float() - want.float()).norm() / want.float().norm())
+
+
+def run_guarded(
+    wrapper: MixedKVDecodeWrapper | MixedKVExtendWrapper, q: torch.Tensor, layer: int, scale: float, logit_cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and LSE of a run whose buffers stand between sentinels, which are checked afterwards."""
+    plan = wrapper._device
+    assert plan is not None and plan.buffers is not None
+    n = q.shape[0]
+    out = torch.full((n + 2, *q.shape[1:]), SENTINEL, dtype=q.dtype, device=q.device)
+    lse = torch.full((n + 2, q.shape[1]), SENTINEL, device=q.device)
+    before = q.clone()
+    if plan.singles:
+        partials = plan.partials_for(q.shape[1])
+        partials.out.fill_(SENTINEL)
+        partials.lse.fill_(SENTINEL)
+    for launch in device_attention.run_launches(plan, q, layer, scale, logit_cap, out[1:-1], lse[1:-1]):
+        launch.run()
+    assert torch.equal(q, before), "run changed its queries"
+    for guarded in (out, lse):
+        assert (guarded[[0, -1]] == SENTINEL).all(), "written outside the output"
+        assert not (guarded[1:-1] == SENTINEL).any(), "output not written"
+    if plan.singles:
+        items = int(plan.buffers.split_indptr[plan.requests])
+        assert (partials.lse[items:] == SENTINEL).all() and (partials.out[items:] == SENTINEL).all()
+    return out[1:-1], lse[1:-1]
+
+
+def check_decode(inputs: Inputs, logit_cap: float = 0.0, device: str = "cpu") -> MixedKVDecodeWrapper:
+    """Decode of all requests and layers on a device against the reference; ``inputs`` live on the CPU."""
+    dtype = inputs.storage.dtype
+    scale = inputs.storage.shape.head_dim**-0.5
+    wrapper = MixedKVDecodeWrapper(backend="triton")
+    storage = on_device(inputs.storage, device)
+    wrapper.plan(storage, inputs.req_pages.to(device), torch.tensor(inputs.kv_lens, device=device))
+    plan = wrapper._device
+    assert plan is not None and plan.buffers is not None and int(plan.buffers.unmapped) == 0
+    q = inputs.q.to(device, dtype)
+    for layer in range(inputs.storage.num_layers):
+        out, lse = run_guarded(wrapper, q, layer, scale, logit_cap)
+        for r in range(len(inputs.kv_lens)):
+            k, v = reference_of(inputs, layer, r)
+            want, want_lse = reference.attention(q[r : r + 1].cpu(), k, v, scale, logit_cap)
+            assert relative_error(out[r].cpu(), want[0]) < RELATIVE[dtype]
+            torch.testing.assert_close(lse[r].cpu(), want_lse[0], rtol=0, atol=LSE_ABSOLUTE[dtype])
+    return wrapper
+
+
+def check_extend(inputs: Inputs, prefix_lens: list[int], logit_cap: float = 0.0, device: str = "cpu") -> None:
+    """Extend of all requests and layers on a device against the reference; ``inputs`` live on the CPU."""
+    dtype = inputs.storage.dtype
+    scale = inputs.storage.shape.head_dim**-0.5
+    wrapper = MixedKVExtendWrapper(backend="triton")
+    wrapper.plan(on_device(inputs.storage, device), inputs.req_pages.to(device), prefix_lens, inputs.kv_lens)
+    lengths = [n - p for n, p in zip(inputs.kv_lens, prefix_lens, strict=True)]
+    q = torch.randn(sum(lengths), *inputs.q.shape[1:], generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    for layer in range(inputs.storage.num_layers):
+        out, lse = run_guarded(wrapper, q, layer, scale, logit_cap)
+        at = 0
+        for r, n in enumerate(lengths):
+            k, v = reference_of(inputs, layer, r)
+            want, want_lse = reference.attention(q[at : at + n].cpu(), k, v, scale, logit_cap, prefix_lens[r])
+            if n:
+                assert relative_error(out[at : at + n].cpu(), want) < RELATIVE[dtype]
+            torch.testing.assert_close(lse[at : at + n].cpu(), want_lse, rtol=0, atol=LSE_ABSOLUTE[dtype])
+            at += n
+
+
+def unquantized(inputs: Inputs, layer: int, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of a request as they were stored, fp32 ``[T, H, D]``: no quantization at all."""
+    p, length = inputs.storage.shape.page_size, inputs.kv_lens[request]
+    slots = (torch.tensor(inputs.pages(request))[:, None] * p + torch.arange(p)).flatten()[:length]
+    k, v = (inputs.written[side][layer, slots].float() for side in SIDES)
+    return k, v
