@@ -128,8 +128,30 @@ def _oracle(result: dict[str, Any]) -> str:
     )
 
 
-def _lengths(result: dict[str, Any]) -> str:
-    return _pressure(result)
+def _compiled(result: dict[str, Any]) -> str:
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name, row in result["kernels"].items():
+        kernel, arch = name.split("-")[:2]
+        rows.setdefault((kernel, arch), []).append(row)
+
+    def span(values: list[int]) -> str:
+        return str(values[0]) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+    return markdown(
+        ["kernel", "for", "configurations", "registers", "spilled instructions", "shared memory, KiB", "tensor-core"],
+        [
+            (
+                kernel,
+                arch,
+                len(group),
+                span([r["registers"] for r in group]),
+                span([r["spills"] for r in group]),
+                span([-(-r["shared"] // 1024) for r in group]),
+                span([r["mma"] for r in group]),
+            )
+            for (kernel, arch), group in sorted(rows.items())
+        ],
+    )
 
 
 SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
@@ -162,7 +184,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "lengths",
         "Longer chains",
         "The bundled model at 16 bits on programs longer than it was trained on (130).",
-        _lengths,
+        _pressure,
     ),
     (
         "equality",
@@ -195,6 +217,12 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "Host time of the ledger per decode step",
         "256 requests, 16 pages born and freed per step, so every step shrinks; `append` + `drain`.",
         _ledger,
+    ),
+    (
+        "kernels_aot",
+        "Triton kernels as compiled",
+        "Ahead of time, without a GPU; no speed is claimed. Details: [kernels](kernels.md).",
+        _compiled,
     ),
 )
 

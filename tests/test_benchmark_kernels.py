@@ -13,6 +13,8 @@ import torch
 from benchmarks import kernel_cases as kc
 from sglang_pmkvq.formats import PageShape
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -50,9 +50,11 @@ REASONER_ARGS = [
 LINES = 50
 PROBLEM = task.make_problem(task.EVAL_SEED_START + 7, LINES)
 
-# Bounds on the mean KL estimate between decode from the cache and a fresh prefill. Provisional: not yet measured.
-KL_16_BITS = 1e-3
-KL_LOW_BITS = 1e-1
+# Bounds on the mean KL estimate between decode from the cache and a fresh prefill, about four times what was measured:
+# 5e-5 for the reasoner at 16 bits (batch shapes differ), 7e-5 for the random-weight model with shrunk pages, whose
+# logits depend little on the cache.
+KL_16_BITS = 2e-4
+KL_LOW_BITS = 3e-4
 
 
 # -- servers and how a kit gets one --------------------------------------------------------------------------

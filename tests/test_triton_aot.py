@@ -11,6 +11,8 @@ from triton.backends.compiler import GPUTarget
 from benchmarks import kernels_aot
 from benchmarks.kernels_aot import RESULTS, Config, configs, sample
 
+pytestmark = pytest.mark.slow
+
 TABLE = json.loads(RESULTS.read_text())["kernels"]
 NAME = {"ids": lambda config: config.name}
 
