@@ -6,7 +6,9 @@ through the transformers model whose cache holds, page by page and forward by fo
 dequantized values as coarsely as 8-bit codes do), and its 16-bit rows are rounded to bf16 as the server stores
 them. Which page had which width at which forward comes from a ledger of our own that is fed the same events:
 decisions are a pure function of them. With 16 bits everywhere the difference is bf16 noise, the yardstick for
-the other rows.
+the other rows. At 2 bits noise is amplified: where bf16 arithmetic moves a key over the border between two codes,
+what is read back jumps by a third of the group's range. So each row has a control: the oracle against itself with
+every activation rounded to bf16, under the same schedule and on the same tokens.
 
     python -m benchmarks.oracle --problems 20 --out benchmarks/results/oracle.json
 """
@@ -14,6 +16,7 @@ the other rows.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -33,7 +36,8 @@ from sglang_pmkvq.ledger import Ledger, PolicyConfig
 
 PAGE = 16
 RUNNING = 2
-CHUNK = 512
+# Small, because the pages of a chunk are reserved at 16 bits: only then can a small pool end at 2 bits.
+CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -71,22 +75,29 @@ CASES = (
     Case("static 8, window 0", "8", "static", 0, "512MiB"),
     Case("static 4, window 0", "4", "static", 0, "512MiB"),
     Case("static 2, window 0", "2", "static", 0, "512MiB"),
-    # So small that a chain of a thousand tokens walks through all tiers.
-    Case("progressive 2, window 64", "2", "age", 64, "2100KiB"),
-    Case("progressive k4v2, window 64", "k4v2", "age", 64, "2300KiB"),
+    # So small that 1,200 tokens just fit: pages walk through all tiers.
+    Case("progressive 4, window 64", "4", "age", 64, "1400KiB"),
+    Case("progressive 2, window 64", "2", "age", 64, "960KiB"),
+    Case("progressive k4v2, window 64", "k4v2", "age", 64, "1180KiB"),
 )
 
 
-def schedule(case: Case, geometry: PoolGeometry, prompt: int, forwards: int) -> list[np.ndarray]:
+def spans(prompt: int, output: int) -> list[tuple[int, int]]:
+    """Tokens [start, end) that each forward of a lone request feeds: prefill chunks, then one token at a time."""
+    chunks = [(start, min(start + CHUNK, prompt)) for start in range(0, prompt, CHUNK)]
+    return [*chunks, *((prompt + i, prompt + i + 1) for i in range(output - 1))]
+
+
+def schedule(case: Case, geometry: PoolGeometry, forwards: Sequence[tuple[int, int]], prompt: int) -> list[np.ndarray]:
     """Steps int8 [groups, pages] of a lone request's pages at each forward."""
     ledger = case.ledger(geometry)
-    empty = np.empty(0, np.int64)
-    pages = ledger.extend([1], [empty], [0], [prompt])
-    assert pages is not None
-    steps = [ledger.page_steps(pages)]
-    ledger.drain()
-    for i in range(1, forwards):
-        new = ledger.append(np.array([1]), np.array([prompt + i]))
+    pages = np.empty(0, np.int64)
+    steps = []
+    for start, end in forwards:
+        if start < prompt:
+            new = ledger.extend([1], [pages], [start], [end])
+        else:
+            new = ledger.append(np.array([1]), np.array([end]))
         assert new is not None
         pages = np.concatenate((pages, new))
         steps.append(ledger.page_steps(pages))
@@ -104,23 +115,24 @@ def replay(model: Any, case: Case, prompt: Sequence[int], output: Sequence[int])
 
     geometry = case.geometry(model)
     group_of = {layer: g for g, group in enumerate(geometry.groups) for layer in group.layers}
-    steps = schedule(case, geometry, len(prompt), len(output))
+    forwards = spans(len(prompt), len(output))
+    steps = schedule(case, geometry, forwards, len(prompt))
+    everything = torch.tensor([[*prompt, *output]])
     cache = DynamicCache(config=model.config)
     exact: list[list[torch.Tensor]] = [[], []]
     held = np.zeros((len(geometry.groups), 0), np.int8)
     logprobs = []
-    tokens = torch.tensor([list(prompt)])
-    for forward in range(len(output)):
-        now = steps[forward]
+    for (start, end), now in zip(forwards, steps, strict=True):
         known = np.zeros_like(now)
         known[:, : held.shape[1]] = held
         for page in np.flatnonzero((now != known).any(axis=0)):
             _shrink_page(cache, exact, geometry, group_of, int(page), now[:, page])
         held = now
         with torch.no_grad():
+            tokens = everything[:, start:end]
             logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-        logprobs.append(torch.log_softmax(logits.float(), -1)[output[forward]].item())
-        tokens = torch.tensor([[output[forward]]])
+        if end >= len(prompt):
+            logprobs.append(torch.log_softmax(logits.float(), -1)[everything[0, end]].item())
         for side, name in ((K, "keys"), (V, "values")):
             for layer, entry in enumerate(cache.layers):
                 data = getattr(entry, name)
@@ -165,15 +177,31 @@ def serve_case(server: Server, ids: Sequence[list[int]], tokens: int) -> list[tu
     return out
 
 
-def run_case(model_path: Path, model: Any, case: Case, ids: Sequence[list[int]], tokens: int) -> dict[str, Any]:
-    """Largest and mean difference of log-probabilities over all positions of all chains."""
+def noisy(model: Any) -> Any:
+    """The same model with the outputs of all its linear layers and norms rounded to bf16, as a bf16 server has them."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if not list(module.children()) and any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_hook(lambda _module, _inputs, out: out.bfloat16().float())
+    return model
+
+
+def run_case(
+    model_path: Path, model: Any, case: Case, ids: Sequence[list[int]], tokens: int, control: Any = None
+) -> dict[str, Any]:
+    """Largest and mean difference of log-probabilities over all positions of all chains.
+
+    ``control``: a ``noisy`` model to compare the oracle with as well, or None.
+    """
     with serve(model_path, case.args()) as server:
         served = serve_case(server, ids, tokens)
         shrinks = server.pool()["shrinks"]
     worst, total, count, bits = 0.0, 0.0, 0, []
-    quantiles = []
+    quantiles, noise = [], []
     for prompt, (output, logprobs) in zip(ids, served, strict=True):
         expected, width = replay(model, case, prompt, output)
+        if control is not None:
+            noise.append(np.abs(replay(control, case, prompt, output)[0] - expected))
         difference = np.abs(expected - np.array(logprobs))
         worst = max(worst, float(difference.max()))
         total += float(difference.sum())
@@ -189,6 +217,18 @@ def run_case(model_path: Path, model: Any, case: Case, ids: Sequence[list[int]],
         "max_difference": worst,
         "mean_difference": total / count,
         "p99_difference": float(np.quantile(np.concatenate(quantiles), 0.99)),
+        **_control(noise),
+    }
+
+
+def _control(noise: list[np.ndarray]) -> dict[str, float]:
+    if not noise:
+        return {}
+    every = np.concatenate(noise)
+    return {
+        "control_max": float(every.max()),
+        "control_mean": float(every.mean()),
+        "control_p99": float(np.quantile(every, 0.99)),
     }
 
 
@@ -203,23 +243,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=REASONER)
     parser.add_argument("--problems", type=int, default=20)
     parser.add_argument("--lines", default="60-80")
-    parser.add_argument("--only")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument("--no-control", action="store_true", help="leave the bf16 control out: half the time")
+    parser.add_argument("--out", type=Path, help="result file; other cases in it are kept")
     options = parser.parse_args(argv)
     low, _, high = options.lines.partition("-")
     problems = problem_set(options.problems, int(low), int(high or low))
     ids, _ = prompt_ids(options.model, problems)
     model = load(options.model)
-    result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.oracle", *(argv or sys.argv[1:])]),
-        "versions": versions(),
-        "cases": [],
-    }
+    control = None if options.no_control else noisy(model)
+    command = " ".join(["python -m benchmarks.oracle", *(argv or sys.argv[1:])])
+    result: dict[str, Any] = {"command": "python -m benchmarks.oracle", "versions": versions(), "cases": []}
+    if options.out and options.out.is_file():
+        result = json.loads(options.out.read_text())
+    longest = max(p.chain_tokens for p in problems) + 16
     for case in CASES:
         if options.only and options.only not in case.name:
             continue
-        result["cases"].append(run_case(options.model, model, case, ids, max(p.chain_tokens for p in problems) + 16))
-        print(json.dumps(result["cases"][-1]), flush=True)
+        row = {**run_case(options.model, model, case, ids, longest, control), "command": command}
+        print(json.dumps(row), flush=True)
+        order = [c.name for c in CASES]
+        result["cases"] = sorted(
+            [row, *(c for c in result["cases"] if c["case"] in order and c["case"] != case.name)],
+            key=lambda c: order.index(c["case"]),
+        )
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -112,7 +112,18 @@ def _steady(result: dict[str, Any]) -> str:
 
 def _oracle(result: dict[str, Any]) -> str:
     return markdown(
-        ["case", "chains", "positions", "mean bits at the end", "mean difference", "99 %", "largest"],
+        [
+            "case",
+            "chains",
+            "positions",
+            "mean bits at the end",
+            "mean difference",
+            "99 %",
+            "largest",
+            "control: mean",
+            "99 %",
+            "largest",
+        ],
         [
             (
                 c["case"],
@@ -122,6 +133,7 @@ def _oracle(result: dict[str, Any]) -> str:
                 f"{c['mean_difference']:.1e}",
                 f"{c['p99_difference']:.1e}",
                 f"{c['max_difference']:.1e}",
+                *(f"{c[k]:.1e}" if k in c else "-" for k in ("control_mean", "control_p99", "control_max")),
             )
             for c in result["cases"]
         ],
@@ -197,7 +209,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "oracle",
         "Low-bit pages read as the reference says",
         "Log-probabilities of every output token, server against the transformers model over a cache that "
-        "`kernels/reference` fake-quantized by the same schedule. The 16-bit row is the noise of bf16 against fp32.",
+        "`kernels/reference` fake-quantized by the same schedule. The control is that oracle against itself with "
+        "activations rounded to bf16: what the server's arithmetic alone explains.",
         _oracle,
     ),
     (
