@@ -116,10 +116,28 @@ class CalibrationModel:
         return self.model.base_model(tokens, position_ids=positions, use_cache=False).last_hidden_state[0]
 
     @torch.no_grad()
-    def log_probs(self, sample: Sample, rows: torch.Tensor) -> torch.Tensor:
-        """fp32 log-probabilities [rows, vocabulary] of the token after each position in ``rows``."""
-        logits = self.model.get_output_embeddings()(self.hidden(sample)[rows])
-        return torch.log_softmax(logits.float(), -1)
+    def layer_inputs(self, sample: Sample) -> tuple[torch.Tensor, ...]:
+        """What each layer reads, [1, T, hidden] of layers 0 .. L − 1, then the final hidden states."""
+        out = self.model.base_model(self._tokens(sample), use_cache=False, output_hidden_states=True)
+        states: tuple[torch.Tensor, ...] = out.hidden_states
+        return states
+
+    @torch.no_grad()
+    def hidden_from(self, layer: int, entering: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [T, hidden] from the input of one layer: layers before it do not run again."""
+        base = self.model.base_model
+        layers = base.layers
+        base.layers = layers[layer:]
+        try:
+            hidden: torch.Tensor = base(inputs_embeds=entering, use_cache=False).last_hidden_state[0]
+        finally:
+            base.layers = layers
+        return hidden
+
+    @torch.no_grad()
+    def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 log-probabilities [rows, vocabulary] of the next token from hidden states [rows, hidden]."""
+        return torch.log_softmax(self.model.get_output_embeddings()(hidden).float(), -1)
 
     def backward(self, sample: Sample) -> int:
         """Back-propagate the summed cross-entropy of the sample's targets, layer by layer.

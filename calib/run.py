@@ -52,8 +52,8 @@ class Settings:
     group_size: int | None = None
     max_groups: int = 4
     transform: str = "scale"
-    sensitivity: str = "taylor"
-    kl_samples: int = 4
+    sensitivity: str = "kl"
+    kl_samples: int = 8
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"

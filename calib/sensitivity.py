@@ -19,7 +19,8 @@ from sglang_pmkvq.formats import K, V
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 
 WIDTHS: tuple[int, ...] = (8, 4, 2)
-KL_ROWS = 256
+# Log-probabilities of one forward that are compared: rows · vocabulary, fp32, three of them at once.
+KL_ELEMENTS = 1 << 26
 
 
 def taylor_state(layers: int) -> State:
@@ -63,13 +64,14 @@ def observe_kl(
 ) -> None:
     """Add one sample's mean KL(16 bits ‖ quantized) to ``kl`` float64 [L, 2, widths].
 
-    One forward per (layer, side, width); the divergence is taken at no more than ``KL_ROWS`` positions,
-    spread over the targets.
+    One forward per (layer, side, width), from that layer on; the divergence is taken at all targets, or as
+    many of them, spread evenly, as ``KL_ELEMENTS`` allow.
     """
     first, last = sample.first_target - 1, len(sample.tokens) - 1
-    count = min(KL_ROWS, last - first)
+    count = max(1, min(KL_ELEMENTS // model.config.vocab_size, last - first))
     rows = torch.arange(count, device=model.device) * (last - first) // count + first
-    exact = model.log_probs(sample, rows)
+    inputs = model.layer_inputs(sample)
+    exact = model.log_probs(inputs[-1][0, rows])
     probabilities = exact.exp()
     for layer in range(model.layers):
         for side in (K, V):
@@ -91,7 +93,7 @@ def observe_kl(
                     return k, fake_quantize(v, where[2], group_size)
 
                 with observing(observer):
-                    other = model.log_probs(sample, rows)
+                    other = model.log_probs(model.hidden_from(layer, inputs[layer])[rows])
                 divergence = (probabilities * (exact - other)).sum(-1).mean()
                 state["kl"][layer, side, place] += divergence.double().cpu()
 

@@ -76,9 +76,14 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--group-size", type=int, help="channels per scale and zero; default min(head_dim, 128)")
     parser.add_argument("--max-groups", type=int, default=4, help="bound on layer groups, default %(default)s")
     parser.add_argument("--transform", default="scale", help="scale (key channels) or none; default %(default)s")
-    parser.add_argument("--sensitivity", default="taylor", help="taylor or kl; default %(default)s")
     parser.add_argument(
-        "--kl-samples", type=int, default=4, help="samples for the measured sensitivity; 0: leave it out"
+        "--sensitivity",
+        default="kl",
+        help="what allocation minimizes: kl (measured divergence of the output) or taylor (first order, as in the "
+        "paper; cheaper); default %(default)s",
+    )
+    parser.add_argument(
+        "--kl-samples", type=int, default=8, help="samples for kl, default %(default)s; 0 leaves it out (taylor only)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
