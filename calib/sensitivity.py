@@ -104,8 +104,8 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> list[float | None]:
 
     out: list[float | None] = []
     for place in range(a.shape[-1]):
-        rho = float(spearmanr(a[..., place].ravel(), b[..., place].ravel()).statistic)
-        out.append(None if np.isnan(rho) else rho)
+        x, y = a[..., place].ravel(), b[..., place].ravel()
+        out.append(float(spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else None)
     return out
 
 
