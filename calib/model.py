@@ -116,6 +116,14 @@ class CalibrationModel:
         return self.model.base_model(tokens, position_ids=positions, use_cache=False).last_hidden_state[0]
 
     @torch.no_grad()
+    def angles(self, length: int, effective_len: int = NATURAL) -> torch.Tensor:
+        """Cosine and sine of norm 1, fp32 [2, length, D], of stretched positions, by the model's own embedding."""
+        rotary = self.model.base_model.rotary_emb
+        positions = stretched_positions(length, effective_len, self.device)[None]
+        cos, sin = rotary(torch.zeros(1, dtype=torch.float32, device=self.device), positions)
+        return torch.stack((cos[0], sin[0])) / rotary.attention_scaling
+
+    @torch.no_grad()
     def layer_inputs(self, sample: Sample) -> tuple[torch.Tensor, ...]:
         """What each layer reads, [1, T, hidden] of layers 0 .. L − 1, then the final hidden states."""
         out = self.model.base_model(self._tokens(sample), use_cache=False, output_hidden_states=True)

@@ -2,6 +2,11 @@
 
 After RoPE a channel pair is a sinusoid of the position (eq. 11). Pairs of low frequency do not reach their
 extremes within a short sample; spreading its positions over an effective length shows them at no extra cost.
+
+Two ways. ``forward``, the paper's: the whole forward runs at stretched positions. ``keys``: the forward runs at
+natural positions and only its keys are turned to where the stretched positions would put them. The second leaves
+the hidden states as they are: a model whose heads look one token back reads something else when neighbours are
+four positions apart, and every layer after the first then sees inputs that it never has.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 NATURAL = 0
+MODES = ("keys", "forward")
 
 
 def stretched_positions(length: int, effective_len: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -23,6 +29,22 @@ def stretched_positions(length: int, effective_len: int, device: torch.device | 
     if effective_len == NATURAL or effective_len <= length:
         return index
     return index * effective_len // length
+
+
+def turn(keys: torch.Tensor, here: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Rotated keys [H, T, D] moved from angles ``here`` to ``there``; fp32.
+
+    Args:
+        here, there: cosine and sine of norm 1, fp32 [2, T, D], in the two-halves layout of transformers.
+    """
+    first = keys.float()
+    unrotated = first * here[0] - _half_turn(first) * here[1]
+    return unrotated * there[0] + _half_turn(unrotated) * there[1]
+
+
+def _half_turn(x: torch.Tensor) -> torch.Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((-high, low), dim=-1)
 
 
 def parse_effective_lens(text: str, seq_len: int) -> tuple[int, ...]:

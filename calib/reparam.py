@@ -14,7 +14,7 @@ import torch
 
 from sglang_pmkvq.calib.corpus import Sample
 from sglang_pmkvq.calib.model import CalibrationModel, observing
-from sglang_pmkvq.calib.positions import NATURAL
+from sglang_pmkvq.calib.positions import NATURAL, turn
 from sglang_pmkvq.calib.sweep import State
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 
@@ -37,15 +37,40 @@ def range_state(model: CalibrationModel, lens: tuple[int, ...]) -> State:
     return {"key_max": torch.zeros(1 + len(lens), model.layers, model.kv_heads, model.head_dim)}
 
 
-def observe_ranges(model: CalibrationModel, sample: Sample, lens: tuple[int, ...], state: State) -> None:
-    """Raise the per-channel maxima of |K| by one sample, once per effective length (paper eq. 10, 12)."""
+def observe_ranges(
+    model: CalibrationModel, sample: Sample, lens: tuple[int, ...], state: State, mode: str = "keys"
+) -> None:
+    """Raise the per-channel maxima of |K| by one sample, once per effective length (paper eq. 10, 12).
+
+    Args:
+        mode: what is stretched: ``keys`` or the whole ``forward`` (see ``positions``).
+    """
+
+    def raise_to(place: int, layer: int, keys: torch.Tensor) -> None:
+        largest = keys.abs().amax(1).float().cpu()
+        torch.maximum(state["key_max"][place, layer], largest, out=state["key_max"][place, layer])
+
+    if mode == "keys":
+        length = len(sample.tokens)
+        angles = [model.angles(length, effective) for effective in (NATURAL, *lens)]
+
+        def turned(
+            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            raise_to(0, layer, k[0])
+            for place in range(1, len(angles)):
+                raise_to(place, layer, turn(k[0], angles[0], angles[place]))
+            return k, v
+
+        with observing(turned):
+            model.hidden(sample)
+        return
     for place, effective in enumerate((NATURAL, *lens)):
 
         def observer(
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, place: int = place
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            largest = k[0].abs().amax(1).float().cpu()
-            torch.maximum(state["key_max"][place, layer], largest, out=state["key_max"][place, layer])
+            raise_to(place, layer, k[0])
             return k, v
 
         with observing(observer):

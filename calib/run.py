@@ -34,6 +34,7 @@ class Settings:
         target: bits per element or bytes per token (see ``allocate.parse_target``).
         samples, seq_len: size of the corpus.
         effective: effective lengths of positional interpolation, or ``none``.
+        interpolation: what is stretched, ``keys`` or the whole ``forward`` (see ``positions``).
         widths: final widths to choose from.
         group_size: G, or None for min(head_dim, 128).
         max_groups: bound on layer groups.
@@ -48,6 +49,7 @@ class Settings:
     samples: int = 64
     seq_len: int = 2048
     effective: str = "8192"
+    interpolation: str = "keys"
     widths: tuple[int, ...] = (2, 4, 8)
     group_size: int | None = None
     max_groups: int = 4
@@ -67,6 +69,7 @@ class Settings:
         for flag, value, allowed in (
             ("transform", self.transform, artifact.TRANSFORMS),
             ("sensitivity", self.sensitivity, ("taylor", "kl")),
+            ("interpolation", self.interpolation, positions.MODES),
         ):
             if value not in allowed:
                 raise ValueError(f"--{flag} {value}: expected one of {', '.join(allowed)}")
@@ -184,7 +187,7 @@ class _Run:
             "1/4 key ranges",
             len(self.corpus.samples),
             reparam.range_state(self.model, self.lens),
-            lambda sample, s: reparam.observe_ranges(self.model, sample, self.lens, s),
+            lambda sample, s: reparam.observe_ranges(self.model, sample, self.lens, s, self.settings.interpolation),
         )
         return state["key_max"].amax(0)
 

@@ -72,6 +72,9 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--effective-len", default=None, help="8192,16384: stretch positions to these; default 4 x --seq-len; none"
     )
+    parser.add_argument(
+        "--interpolation", default="keys", help="what is stretched: keys, or the whole forward; default %(default)s"
+    )
     parser.add_argument("--widths", default="2,4,8", help="final widths to choose from, default %(default)s")
     parser.add_argument("--group-size", type=int, help="channels per scale and zero; default min(head_dim, 128)")
     parser.add_argument("--max-groups", type=int, default=4, help="bound on layer groups, default %(default)s")
@@ -109,6 +112,7 @@ def _calibrate(args: argparse.Namespace, extra: list[str]) -> int:
         samples=args.samples,
         seq_len=args.seq_len,
         effective=str(4 * args.seq_len) if args.effective_len is None else args.effective_len,
+        interpolation=args.interpolation,
         widths=widths,
         group_size=args.group_size,
         max_groups=args.max_groups,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from sglang_pmkvq.calib import reparam, sensitivity
 from sglang_pmkvq.calib.corpus import Sample
 from sglang_pmkvq.calib.model import CalibrationModel, observing
-from sglang_pmkvq.calib.positions import parse_effective_lens, stretched_positions
+from sglang_pmkvq.calib.positions import MODES, parse_effective_lens, stretched_positions, turn
 from sglang_pmkvq.kernels.reference.attention import attention
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 from tests.support.models import make_model
@@ -278,3 +278,9 @@ def test_stretched_keys_are_those_of_a_long_text(scaling: dict[str, Any], tmp_pa
         model.hidden(short)
     assert torch.allclose(keys[0], keys[1][:, at], atol=1e-4)
     assert not torch.allclose(keys[0], keys[2], atol=1e-2)
+    turned = turn(keys[2], model.angles(32), model.angles(32, 256))
+    assert torch.allclose(turned, keys[1][:, at], atol=1e-4)
+    states = [reparam.range_state(model, (256,)) for _ in MODES]
+    for state, mode in zip(states, MODES, strict=True):
+        reparam.observe_ranges(model, short, (256,), state, mode)
+    assert torch.allclose(states[0]["key_max"], states[1]["key_max"], atol=1e-4)
