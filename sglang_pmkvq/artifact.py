@@ -210,8 +210,10 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     try:
         with safe_open(name, framework="np") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
+            # Weights given by mistake may be gigabytes, and of types that numpy does not have.
+            keys = file.keys() if METADATA_KEY in metadata else []
+            tensors = {key: file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{name}: truncated, or not a safetensors file ({error}); calibrate again or copy it again"
         ) from error

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.serving import REASONER
 from sglang_pmkvq import artifact
 from sglang_pmkvq.artifact import ArtifactError, Calibration
 
@@ -117,6 +118,8 @@ def test_pickle_is_not_read(path: Path) -> None:
 
 
 def test_some_other_safetensors_file(path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a calibration"):
+        artifact.load(REASONER / "model.safetensors")
     save_file({"weight": np.zeros(2)}, path)
     with pytest.raises(ArtifactError, match="not a calibration"):
         artifact.load(path)
