@@ -100,6 +100,7 @@ def _draw(kinds: dict[str, torch.Tensor], truth: torch.Tensor, errors: dict[str,
         right.bar(np.arange(len(e)) + 0.16 * place - 0.32, e.abs().mean(1), 0.16, label=name)
     right.set_xlabel("layer")
     right.set_ylabel("mean relative error of max |K|")
+    right.set_ylim(0, 1.6 * max(float(e.abs().mean(1).max()) for e in errors.values()))
     right.legend(fontsize="small")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
