@@ -86,6 +86,17 @@ def test_target_of_the_narrowest_width_is_uniform() -> None:
     assert got.finals == ((2, 2),) * 5
 
 
+def test_ties_go_to_the_wider() -> None:
+    """What the measure calls equal uses the budget, not the narrowest width."""
+    flat = allocate(np.zeros((4, 2, 3)), WIDTHS, COSTS, 4 * COSTS[8, 8], 4)
+    assert flat.finals == ((8, 8),) * 4
+    some = np.zeros((4, 2, 3))
+    some[:, :, 0] = 1.0  # only 2 bits hurt
+    got = allocate(some, WIDTHS, COSTS, 4 * COSTS[8, 4], 4)
+    assert got.objective == 0
+    assert got.bytes_per_token == 4 * COSTS[8, 4]
+
+
 def test_infeasible_budget_names_the_smallest() -> None:
     least = 4 * COSTS[2, 2]
     with pytest.raises(ValueError, match=f"{least - 1} bytes per token are infeasible; .* is {least}B"):
