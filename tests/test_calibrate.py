@@ -268,6 +268,30 @@ def test_key_scales_of_groups_and_ranks(calibration: tuple[Path, Path]) -> None:
         assert torch.equal(scale, whole[list(group.layers)][:, 2:4])
 
 
+def test_pool_holds_the_scales_of_its_groups(calibration: tuple[Path, Path]) -> None:
+    """What start-up hands to the pool ends in the storage that codes are made and read with."""
+    from sglang_pmkvq.config import Limits
+    from sglang_pmkvq.formats import PageShape, geometry_for_pages
+    from sglang_pmkvq.ledger import PolicyConfig
+    from sglang_pmkvq.pool import MixedPrecisionTokenPool, PoolSetup
+
+    c = artifact.load(calibration[1])
+    geometry = geometry_for_pages(PageShape(16, 4, 64, 64), c.groups, 8, 2)
+    scales = group_key_scales(c, c.groups, slice(0, 4))
+    setup = PoolSetup(
+        geometry, PolicyConfig(), Limits(1, 16, 2), geometry.total_bytes, 64, key_scales=scales,
+        calibration=c.summary(),
+    )  # fmt: skip
+    pool = MixedPrecisionTokenPool(setup, 128, 16, torch.bfloat16, 4, 64, c.num_layers, "cpu", False)
+    for layer in range(c.num_layers):
+        group, index = pool.place(layer)
+        held = pool.storages[group].key_scale
+        assert held is not None
+        assert np.array_equal(held[index].numpy(), c.tensors["key_scale"][layer])
+    assert "calibrated for" in pool.log_line()
+    assert json.dumps(setup.summary())  # what /server_info sends
+
+
 def test_tokenizer_is_optional(small: tuple[Path, Path]) -> None:
     assert calib_run.load_tokenizer(str(small[0])) is None
     assert calib_run.load_tokenizer(str(REASONER)) is not None
