@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.pressure import problem_set, prompt_ids, versions
 from benchmarks.serving import REASONER, Server, serve
+from sglang_pmkvq import artifact
 from sglang_pmkvq.config import Protection, choose_geometry, limits_for, page_shape, parse_final_bits, parse_size
 from sglang_pmkvq.formats import K, PoolGeometry, V, groups_from_finals
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
@@ -42,17 +43,19 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Case:
-    """One server configuration: final widths, policy, window, and pool bytes."""
+    """One server configuration: final widths, policy, window, pool bytes; or widths and key scales of a file."""
 
     name: str
     final: str
     policy: str
     window: int
     pool: str
+    calibration: str = ""
 
     def args(self) -> list[str]:
+        widths = ["--pmkvq-calibration", self.calibration] if self.calibration else ["--pmkvq-final-bits", self.final]
         return [
-            "--pmkvq-final-bits", self.final, "--pmkvq-policy", self.policy, "--pmkvq-window", str(self.window),
+            *widths, "--pmkvq-policy", self.policy, "--pmkvq-window", str(self.window),
             "--pmkvq-sink-tokens", "0", "--pmkvq-pool-bytes", self.pool, "--page-size", str(PAGE),
             "--max-running-requests", str(RUNNING), "--chunked-prefill-size", str(CHUNK), "--disable-radix-cache",
         ]  # fmt: skip
@@ -61,9 +64,18 @@ class Case:
         """The pool that the server builds from these flags."""
         config = model.config
         shape = page_shape(PAGE, config.num_key_value_heads, config.head_dim, None)
-        groups = groups_from_finals(parse_final_bits(self.final, config.num_hidden_layers))
+        finals = parse_final_bits(self.final, config.num_hidden_layers) if self.final else list(self._file().finals)
+        groups = groups_from_finals(finals)
         limits = limits_for(RUNNING, CHUNK, PAGE, Protection(self.window, 0, False))
         return choose_geometry(shape, groups, parse_size(self.pool), limits)
+
+    def key_scale(self) -> torch.Tensor | None:
+        """fp32 [L, H, D], or None."""
+        scale = self._file().tensors.get("key_scale") if self.calibration else None
+        return None if scale is None else torch.from_numpy(scale)
+
+    def _file(self) -> artifact.Calibration:
+        return artifact.load(self.calibration)
 
     def ledger(self, geometry: PoolGeometry) -> Ledger:
         policy = PolicyConfig(policy=self.policy, window_tokens=self.window, sink_tokens=0)  # type: ignore[arg-type]
@@ -121,12 +133,13 @@ def replay(model: Any, case: Case, prompt: Sequence[int], output: Sequence[int])
     cache = DynamicCache(config=model.config)
     exact: list[list[torch.Tensor]] = [[], []]
     held = np.zeros((len(geometry.groups), 0), np.int8)
+    key_scale = case.key_scale()
     logprobs = []
     for (start, end), now in zip(forwards, steps, strict=True):
         known = np.zeros_like(now)
         known[:, : held.shape[1]] = held
         for page in np.flatnonzero((now != known).any(axis=0)):
-            _shrink_page(cache, exact, geometry, group_of, int(page), now[:, page])
+            _shrink_page(cache, exact, geometry, group_of, int(page), now[:, page], key_scale)
         held = now
         with torch.no_grad():
             tokens = everything[:, start:end]
@@ -152,6 +165,7 @@ def _shrink_page(
     group_of: dict[int, int],
     page: int,
     steps: np.ndarray,
+    key_scale: torch.Tensor | None,
 ) -> None:
     """Replace one page in every layer by what a reader of the pool sees at its steps."""
     part = slice(page * PAGE, (page + 1) * PAGE)
@@ -160,7 +174,8 @@ def _shrink_page(
         tiers = group.steps[int(steps[group_of[layer]])]
         for side, name in ((K, "keys"), (V, "values")):
             x = exact[side][layer][:, :, part]
-            getattr(entry, name)[:, :, part] = fake_quantize(x, tiers[side], geometry.shape.group_size)
+            scale = key_scale[layer][:, None] if side == K and key_scale is not None else None
+            getattr(entry, name)[:, :, part] = fake_quantize(x, tiers[side], geometry.shape.group_size, scale)
 
 
 def serve_case(server: Server, ids: Sequence[list[int]], tokens: int) -> list[tuple[list[int], list[float]]]:

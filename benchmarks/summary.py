@@ -140,6 +140,13 @@ def _oracle(result: dict[str, Any]) -> str:
     )
 
 
+def _calibration(result: dict[str, Any]) -> str:
+    return markdown(
+        ["part", "row", "seed", "problems"],
+        [(r["part"], r.get("row", "-"), r.get("seed", "-"), r.get("problems", "-")) for r in result["rows"]],
+    )
+
+
 def _compiled(result: dict[str, Any]) -> str:
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for name, row in result["kernels"].items():
@@ -162,6 +169,30 @@ def _compiled(result: dict[str, Any]) -> str:
                 span([r["mma"] for r in group]),
             )
             for (kernel, arch), group in sorted(rows.items())
+        ],
+    )
+
+
+HEADLINE = ("stock, all in memory", "stock, 35 %", "final 4, 35 %", "final 4, 15 %")
+
+
+def headline() -> str:
+    """The README's table: four rows of the pressure suite."""
+    result = json.loads((RESULTS / "pressure.json").read_text())
+    by_name = {r["row"]["name"]: r for r in result["rows"]}
+    return markdown(
+        ["32 problems at once", "pool MiB", "right", "tokens/s", "running at once", "effective bits, mean"],
+        [
+            (
+                name,
+                f"{r['pool_bytes'] / 2**20:.0f}",
+                f"{r['right']}/{r['problems']}",
+                f"{r['output_tokens'] / r['wall_s']:.0f}",
+                r["peak_running"],
+                f"{r['pool']['effective_bits_avg']:.1f}" if "pool" in r else "16",
+            )
+            for name in HEADLINE
+            for r in [by_name[name]]
         ],
     )
 
@@ -230,6 +261,12 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "Host time of the ledger per decode step",
         "256 requests, 16 pages born and freed per step, so every step shrinks; `append` + `drain`.",
         _ledger,
+    ),
+    (
+        "calibration",
+        "Calibration",
+        "What has run so far; figures and what they mean are in [calibration](calibration.md).",
+        _calibration,
     ),
     (
         "kernels_aot",

@@ -29,6 +29,14 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--out", metavar="PICTURE", help="PNG, SVG or PDF (default: FILE with .png)")
     report.set_defaults(run=_report)
 
+    _add_calibrate(commands)
+
+    inspect = commands.add_parser("inspect", help="a calibration file as a table and a picture")
+    inspect.add_argument("file", help="written by pmkvq calibrate")
+    inspect.add_argument("--out", metavar="PICTURE", help="PNG, SVG or PDF (default: FILE with .png)")
+    inspect.add_argument("--no-picture", action="store_true", help="the table only")
+    inspect.set_defaults(run=_inspect)
+
     demo = commands.add_parser(
         "serve-demo",
         help="an SGLang server with a small mixed-precision pool, and requests to paste",
@@ -40,6 +48,100 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--pool-bytes", metavar="SIZE", help="default: 16-bit KV of little more than one example problem")
     demo.set_defaults(run=_serve_demo)
     return parser
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="choose final widths and key scales of a model",
+        description="Writes the file that --pmkvq-calibration serves from. An interrupted run goes on.",
+    )
+    parser.add_argument("--model", required=True, help="Llama, Qwen2, Qwen3 or Mistral, as transformers loads it")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="text, .jsonl or .parquet file (text, messages, conversations or input_ids), or builtin: the "
+        "repository's reasoning task",
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="for example model.pmkvq.safetensors")
+    parser.add_argument(
+        "--target-bits", default="4", metavar="BITS", help="mean final width, such as 2.5, or bytes per token, 1632B"
+    )
+    parser.add_argument("--samples", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--seq-len", type=int, default=2048, help="tokens per sample, default %(default)s")
+    parser.add_argument(
+        "--effective-len", default=None, help="8192,16384: stretch positions to these; default 4 x --seq-len; none"
+    )
+    parser.add_argument(
+        "--interpolation", default="keys", help="what is stretched: keys, or the whole forward; default %(default)s"
+    )
+    parser.add_argument("--widths", default="2,4,8", help="final widths to choose from, default %(default)s")
+    parser.add_argument("--group-size", type=int, help="channels per scale and zero; default min(head_dim, 128)")
+    parser.add_argument("--max-groups", type=int, default=4, help="bound on layer groups, default %(default)s")
+    parser.add_argument("--transform", default="scale", help="scale (key channels) or none; default %(default)s")
+    parser.add_argument(
+        "--sensitivity",
+        default="kl",
+        help="what allocation minimizes: kl (measured divergence of the output) or taylor (first order, as in the "
+        "paper; cheaper); default %(default)s",
+    )
+    parser.add_argument(
+        "--kl-samples", type=int, default=8, help="samples for kl, default %(default)s; 0 leaves it out (taylor only)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    parser.add_argument("--work", metavar="FOLDER", help="partial results (default: OUT.work, removed at the end)")
+    parser.set_defaults(run=_calibrate)
+
+
+def _calibrate(args: argparse.Namespace, extra: list[str]) -> int:
+    from pathlib import Path
+
+    from sglang_pmkvq.calib.run import Settings, calibrate
+    from sglang_pmkvq.calib.show import table
+
+    try:
+        widths = tuple(sorted({int(part) for part in args.widths.split(",")}))
+    except ValueError as error:
+        raise ValueError(f"--widths {args.widths}: expected some of 2,4,8,16") from error
+    settings = Settings(
+        model=args.model,
+        data=args.data,
+        target=args.target_bits,
+        samples=args.samples,
+        seq_len=args.seq_len,
+        effective=str(4 * args.seq_len) if args.effective_len is None else args.effective_len,
+        interpolation=args.interpolation,
+        widths=widths,
+        group_size=args.group_size,
+        max_groups=args.max_groups,
+        transform=args.transform,
+        sensitivity=args.sensitivity,
+        kl_samples=args.kl_samples,
+        seed=args.seed,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    result = calibrate(settings, Path(args.out), Path(args.work) if args.work else None)
+    print(table(result))
+    print(f"written          {args.out}; serve with --pmkvq-calibration {args.out}")
+    return 0
+
+
+def _inspect(args: argparse.Namespace, extra: list[str]) -> int:
+    from pathlib import Path
+
+    from sglang_pmkvq.artifact import load
+    from sglang_pmkvq.calib.show import picture, table
+
+    calibration = load(args.file)
+    print(table(calibration))
+    if not args.no_picture:
+        path = Path(args.out or f"{args.file.removesuffix('.safetensors')}.png")
+        picture(calibration, path)
+        print(f"picture          {path}")
+    return 0
 
 
 def _doctor(args: argparse.Namespace, extra: list[str]) -> int:

@@ -369,7 +369,7 @@ def check_flags(args: Any) -> None:
         raise PmkvqConfigError(
             f"--pmkvq-group-size {args.pmkvq_group_size}: expected one of {', '.join(map(str, GROUP_SIZES))}"
         )
-    if ":" not in args.pmkvq_final_bits:
+    if args.pmkvq_final_bits is not None and ":" not in args.pmkvq_final_bits:
         _parse_pair(args.pmkvq_final_bits, args.pmkvq_final_bits)
 
 

@@ -30,6 +30,8 @@ class PoolSetup:
         budget_bytes: bytes the pool may use, everything included.
         stock_tokens: tokens that SGLang's own pool would hold in the same bytes.
         timeline: file to write the timeline to, or None.
+        key_scales: per layer group, fp32 [L, H, D] or None; None: no group has any.
+        calibration: what the calibration file says of itself, or None.
     """
 
     geometry: PoolGeometry
@@ -38,6 +40,8 @@ class PoolSetup:
     budget_bytes: int
     stock_tokens: int
     timeline: str | None = None
+    key_scales: tuple[torch.Tensor | None, ...] | None = None
+    calibration: dict[str, object] | None = None
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -67,6 +71,7 @@ class PoolSetup:
             "max_running_requests": self.limits.running,
             "chunked_prefill_size": self.limits.chunk,
             "hard_pages": self.limits.hard_pages,
+            "calibration": self.calibration,
         }
 
 
@@ -119,7 +124,7 @@ class MixedPrecisionTokenPool(KVCache):
         self.head_num = head_num
         self.head_dim = head_dim
         self.v_head_dim = v_head_dim or head_dim
-        self.storages = allocate_pool(setup.geometry, dtype, device)
+        self.storages = allocate_pool(setup.geometry, dtype, device, setup.key_scales)
         self._place = {
             layer: (g, index)
             for g, group in enumerate(setup.groups)
@@ -241,8 +246,14 @@ class MixedPrecisionTokenPool(KVCache):
             f"{s.tokens} logical tokens ({s.stock_tokens} at 16 bits in the same bytes), final widths: {groups}, "
             f"policy {s.policy.policy}, window {s.policy.window_tokens} and sink {s.policy.sink_tokens} tokens "
             f"({s.policy.protect}), 16-bit reserve R={s.limits.hard_pages} pages ({reserve} tokens: "
-            f"{s.limits.running} requests, chunks of {s.limits.chunk})"
+            f"{s.limits.running} requests, chunks of {s.limits.chunk})" + self._calibration_part()
         )
+
+    def _calibration_part(self) -> str:
+        c = self.setup.calibration
+        if c is None:
+            return ""
+        return f", calibrated for {c['model']}: mean final width {c['mean_bits']:.2f}, transform {c['transform']}"
 
 
 def _side_bytes(storage: GroupStorage, side: int) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from sglang.srt.arg_groups.arg_utils import A, Arg
 from sglang.srt.server_args import ServerArgs
 
+from sglang_pmkvq.calibration import check_model, load_for
 from sglang_pmkvq.config import PmkvqConfigError, check_flags, check_refusals
 from sglang_pmkvq.formats import PAGE_SIZES
 
@@ -36,12 +37,16 @@ class PmkvqServerArgs(ServerArgs):
         ),
     ] = "none"
     pmkvq_final_bits: A[
-        str,
+        str | None,
         Arg(
             help="Lowest width that pages may reach: 8, 4, 2, a pair such as k4v2, or per layer "
-            "0-3:8,4-7:k4v2."
+            "0-3:8,4-7:k4v2. Default: what --pmkvq-calibration says, else 4."
         ),
-    ] = "4"
+    ] = None
+    pmkvq_calibration: A[
+        str | None,
+        Arg(help="File written by `pmkvq calibrate`: final widths per layer, group size, key scales."),
+    ] = None
     pmkvq_pool_bytes: A[
         str | None,
         Arg(
@@ -93,6 +98,7 @@ class PmkvqServerArgs(ServerArgs):
             return
         check_flags(self)
         check_refusals(self)
+        calibration = load_for(self)
         self._check_environment()
         if self.pmkvq_default_running is None:
             self.pmkvq_default_running = self.max_running_requests is None
@@ -109,6 +115,8 @@ class PmkvqServerArgs(ServerArgs):
                 f"--page-size to {self.page_size} and --attention-backend to {self.attention_backend}; "
                 "use --kv-quant none for it"
             )
+        if calibration is not None:
+            check_model(self, calibration)
 
     def _refuse_lonely_flags(self) -> None:
         for field in dataclasses.fields(PmkvqServerArgs):

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from sglang.srt.layers.dp_attention import get_attention_tp_size
+from sglang.srt.layers.dp_attention import get_attention_tp_rank, get_attention_tp_size
 from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator, MemoryPoolConfig
 
+from sglang_pmkvq.calibration import group_key_scales, layer_finals, load_for, rank_heads
 from sglang_pmkvq.config import (
     PmkvqConfigError,
     Protection,
     choose_geometry,
     choose_limits,
     page_shape,
-    parse_final_bits,
     parse_size,
 )
 from sglang_pmkvq.formats import groups_from_finals
@@ -46,15 +46,19 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
         self._runner = runner
         self._args = runner.server_args
         args = self._args
+        calibration = load_for(args)
         self._shape = page_shape(
             args.page_size,
             runner.model_config.get_num_kv_heads(get_attention_tp_size()),
             runner.model_config.head_dim,
-            args.pmkvq_group_size,
+            args.pmkvq_group_size if calibration is None else calibration.group_size,
         )
-        self._groups = groups_from_finals(
-            parse_final_bits(args.pmkvq_final_bits, runner.num_effective_layers)
-        )
+        self._groups = groups_from_finals(layer_finals(args, runner.num_effective_layers, calibration))
+        self._calibration = None if calibration is None else calibration.summary()
+        self._key_scales: tuple[torch.Tensor | None, ...] | None = None
+        if calibration is not None:
+            heads = rank_heads(calibration.num_kv_heads, get_attention_tp_size(), get_attention_tp_rank())
+            self._key_scales = group_key_scales(calibration, self._groups, heads)
         self._protection = Protection(args.pmkvq_window, args.pmkvq_sink_tokens, args.pmkvq_protect == "hard")
         self._budget = 0
         self.setup: PoolSetup | None = None
@@ -115,6 +119,8 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
             budget_bytes=budget,
             stock_tokens=budget // self._cell_size // args.page_size * args.page_size,
             timeline=args.pmkvq_timeline,
+            key_scales=self._key_scales,
+            calibration=self._calibration,
         )
         # The scheduler reads both after the pool is built, so what the reserve covers is what it may use.
         args.chunked_prefill_size = limits.chunk

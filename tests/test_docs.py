@@ -18,6 +18,10 @@ def test_results_page_is_made_from_the_result_files() -> None:
     assert (ROOT / "docs" / "results.md").read_text() == summary.page(), "run `python -m benchmarks.summary`"
 
 
+def test_headline_of_the_readme_is_from_the_result_file() -> None:
+    assert summary.headline() in (ROOT / "README.md").read_text()
+
+
 def test_every_result_file_is_on_the_page() -> None:
     named = {name for name, *_ in summary.SECTIONS}
     assert {path.stem for path in summary.RESULTS.glob("*.json")} <= named

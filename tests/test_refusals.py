@@ -96,6 +96,7 @@ def test_refused_flags_are_fine_without_us(flag: str) -> None:
 
 LONELY = {
     "pmkvq_final_bits": "2",
+    "pmkvq_calibration": "model.pmkvq.safetensors",
     "pmkvq_pool_bytes": "1GiB",
     "pmkvq_policy": "static",
     "pmkvq_window": 0,

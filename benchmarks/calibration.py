@@ -1,0 +1,262 @@
+"""What calibration gives on the bundled model: uniform, allocation alone, reparameterization alone, both.
+
+    python -m benchmarks.calibration --problems 200 --seeds 0 1 2
+
+Parts, each row written as soon as it is measured (a second run goes on where the first stopped):
+
+* ``forced``: divergence of the decode path from 16 bits and whole chains right, everything older than the window at
+  its final widths (``benchmarks/forced.py``).
+* ``served``: accuracy of real servers, the same *peak* pool bytes for every row of a target, policy ``age``.
+* ``ranges``: key-channel maxima of short, interpolated and long samples; a table and a picture.
+
+Problems and calibration data are apart: evaluation seeds there, training seeds here. Seed s answers problems
+s·n .. s·n + n − 1 and calibrates with seed s. With widths 2, 4 and 8 a mean of 2 leaves allocation no choice, so
+its rows are measured at 2.5 and compared with uniform 2 in the *same* pool bytes, and with both mixed pairs at 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.forced import WINDOW, Widths, chains, compare
+from benchmarks.key_ranges import key_ranges
+from benchmarks.pressure import Row, problem_set, prompt_ids, run_row, versions, wilson
+from benchmarks.reasoner.evaluate import load
+from benchmarks.serving import REASONER, ROOT
+from sglang_pmkvq import artifact
+from sglang_pmkvq.calib.run import Settings, calibrate
+
+RESULTS = Path(__file__).resolve().parent / "results"
+WORK = ROOT / "results" / "tmp" / "calibration"
+PARTS = ("forced", "served", "ranges")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to choose final widths and key scales.
+
+    Attributes:
+        name: of the row.
+        target: mean final width that allocation gets; "" for a fixed width.
+        final: fixed final width, as ``--pmkvq-final-bits`` takes it.
+        transform: ``none`` or ``scale``.
+        sensitivity: what allocation minimizes.
+    """
+
+    name: str
+    target: str = ""
+    final: str = ""
+    transform: str = "none"
+    sensitivity: str = "kl"
+
+
+def _four(target: str, uniform: str) -> tuple[Variant, ...]:
+    return (
+        Variant(f"uniform {uniform}", final=uniform),
+        Variant(f"allocation alone, {target}", target=target),
+        Variant(f"reparameterization alone, {uniform}", final=uniform, transform="scale"),
+        Variant(f"both, {target}", target=target, transform="scale"),
+    )
+
+
+SIXTEEN = Variant("16 bits", final="16")
+FORCED = (
+    SIXTEEN,
+    *_four("4", "4"),
+    Variant("K4 V2", final="k4v2"),
+    Variant("K2 V4", final="k2v4"),
+    Variant("both, 3", target="3", transform="scale"),
+    *_four("2.5", "2"),
+    Variant("allocation by Taylor, 2.5", target="2.5", sensitivity="taylor"),
+    Variant("both by Taylor, 2.5", target="2.5", transform="scale", sensitivity="taylor"),
+)
+# Per group of rows with the same pool: bytes as a share of what the running problems need at 16 bits. A full pool
+# of the widest row (4 or 2.5 bits, scales, zeros, the 16-bit reserve) just fits.
+SERVED: tuple[tuple[float | None, tuple[Variant, ...]], ...] = (
+    (None, (SIXTEEN,)),
+    (0.33, _four("4", "4")),
+    (0.22, _four("2.5", "2")),
+)
+
+
+@dataclass
+class Bench:
+    """Options, the result file, and calibrations made so far."""
+
+    options: argparse.Namespace
+    result: dict[str, Any]
+
+    def measured(self, key: dict[str, Any]) -> bool:
+        return any(all(row.get(k) == v for k, v in key.items()) for row in self.result["rows"])
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.result["rows"].append(row)
+        self.save()
+        print(json.dumps({k: v for k, v in row.items() if k != "pool"}), flush=True)
+
+    def save(self) -> None:
+        out: Path = self.options.out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def calibration(self, variant: Variant, seed: int) -> artifact.Calibration | None:
+        """The calibration of a variant; None where there is nothing to calibrate. Made once, then read."""
+        path = self.path(variant, seed)
+        if path is None:
+            return None
+        if path.exists():
+            return artifact.load(path)
+        o = self.options
+        settings = Settings(
+            model=str(REASONER),
+            data="builtin",
+            target=variant.target or variant.final,
+            widths=(2, 4, 8) if variant.target else (int(variant.final),),
+            samples=o.samples,
+            kl_samples=o.kl_samples,
+            transform=variant.transform,
+            sensitivity=variant.sensitivity,
+            seed=seed,
+        )
+        # One work folder per seed and transform: targets share what was measured.
+        return calibrate(settings, path, WORK / f"{seed}-{variant.transform}")
+
+    def path(self, variant: Variant, seed: int) -> Path | None:
+        if not variant.target and variant.transform == "none":
+            return None
+        o = self.options
+        name = f"{variant.target or variant.final}-{variant.transform}-{variant.sensitivity}"
+        return WORK / f"{name}-seed{seed}-{o.samples}-{o.kl_samples}.pmkvq.safetensors"
+
+    def forced(self, seed: int) -> None:
+        o = self.options
+        keys = [self.key("forced", v, seed) for v in FORCED]
+        if all(map(self.measured, keys)):
+            return
+        from transformers import AutoTokenizer
+
+        model, tokenizer = load(REASONER), AutoTokenizer.from_pretrained(REASONER)
+        given = chains(model, tokenizer, problem_set(o.problems, *o.lines, first=seed * o.problems))
+        for variant, key in zip(FORCED, keys, strict=True):
+            if self.measured(key):
+                continue
+            c = self.calibration(variant, seed)
+            layers = model.config.num_hidden_layers
+            if c is None:
+                from sglang_pmkvq.config import parse_final_bits
+
+                widths = Widths(tuple(parse_final_bits(variant.final, layers)))
+            else:
+                scale = c.tensors.get("key_scale")
+                widths = Widths(c.finals, None if scale is None else torch.from_numpy(scale), c.group_size)
+            got = compare(model, given, widths)
+            right = got["chains_right"]
+            mean = sum(map(sum, widths.finals)) / (2 * layers)
+            interval = wilson(right, o.problems)
+            self.add({**key, **_plan(widths.finals), "mean_bits": mean, **got, "confidence95": interval})
+
+    def served(self, seed: int) -> None:
+        o = self.options
+        problems = problem_set(o.problems, *o.lines, first=seed * o.problems)
+        ids, _ = prompt_ids(REASONER, problems)
+        for share, variants in SERVED:
+            for variant in variants:
+                key = self.key("served", variant, seed)
+                if self.measured(key):
+                    continue
+                c = self.calibration(variant, seed)
+                path = self.path(variant, seed)
+                if share is None:
+                    row = Row(variant.name, None, False)
+                elif path is not None:
+                    row = Row(variant.name, share, True, ("--pmkvq-calibration", str(path)))
+                else:
+                    row = Row(variant.name, share, True, ("--pmkvq-final-bits", variant.final))
+                got = run_row(row, REASONER, problems, ids, o.concurrency, o.chunk)
+                got = {k: v for k, v in got.items() if k not in ("row", "problems", "output_ids")}
+                self.add({**key, "share": share, **(_plan(c.finals) if c else {"final": variant.final}), **got})
+
+    def key(self, part: str, variant: Variant, seed: int) -> dict[str, Any]:
+        o = self.options
+        key = {"part": part, "row": variant.name, "seed": seed, "problems": o.problems, "lines": list(o.lines)}
+        if self.path(variant, seed) is not None:
+            key |= {"samples": o.samples, "kl_samples": o.kl_samples}
+        return key
+
+    def ranges(self) -> None:
+        key = {"part": "ranges", "samples": self.options.samples}
+        if not self.measured(key):
+            self.add({**key, **key_ranges(REASONER, self.options.samples, self.options.out.with_suffix(".png"))})
+
+
+def _plan(finals: Sequence[tuple[int, int]]) -> dict[str, str]:
+    return {"final": " ".join(f"k{k}v{v}" for k, v in finals)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Forced and served rows as Markdown, seeds pooled."""
+    lines = []
+    for part in ("forced", "served"):
+        rows = [r for r in result["rows"] if r["part"] == part]
+        if not rows:
+            continue
+        lines.append(f"| {part} | problems | right | 95 % | KL, nats per step | bits avg / peak |")
+        lines.append("|---|---|---|---|---|---|")
+        for name in dict.fromkeys(r["row"] for r in rows):
+            own = [r for r in rows if r["row"] == name]
+            n, right = sum(r["problems"] for r in own), sum(r.get("chains_right", r.get("right", 0)) for r in own)
+            low, high = wilson(right, n)
+            steps = sum(r.get("steps", 0) for r in own)
+            kl = sum(r["kl_mean"] * r["steps"] for r in own) / steps if steps else None
+            pools = [r["pool"] for r in own if "pool" in r]
+            bits = " ".join(f"{p['effective_bits_avg']:.2f} / {p['effective_bits_peak']:.2f}" for p in pools)
+            lines.append(
+                f"| {name} | {n} | {right} ({100 * right / n:.1f} %) | {100 * low:.1f}-{100 * high:.1f} % "
+                f"| {'-' if kl is None else f'{kl:.2e}'} | {bits or '-'} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--problems", type=int, default=200, help="per row and seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lines", default="64-128", help="program lines, low-high")
+    parser.add_argument("--samples", type=int, default=64, help="of the calibration")
+    parser.add_argument("--kl-samples", type=int, default=16)
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=RESULTS / "calibration.json")
+    options = parser.parse_args(argv)
+    low, _, high = options.lines.partition("-")
+    options.lines = (int(low), int(high or low))
+    result: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.calibration", *(sys.argv[1:] if argv is None else argv)]),
+        "versions": versions(),
+        "window": WINDOW,
+        "rows": [],
+    }
+    if options.out.exists():
+        result["rows"] = json.loads(options.out.read_text())["rows"]
+    bench = Bench(options, result)
+    if "ranges" in options.parts:
+        bench.ranges()
+    for part in ("forced", "served"):
+        for seed in options.seeds if part in options.parts else ():
+            getattr(bench, part)(seed)
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,116 @@
+"""Decode-path comparison without decoding: one pass over gold chains that reads what the pool would hand out.
+
+Every token reads the sink page and the last ``window`` tokens at 16 bits and everything older at its layer's
+final widths, which is what policy ``static`` with hard protection serves (up to where the window falls within a
+page). One pass gives the logits of all steps, so the divergence from 16 bits and the chains that greedy decoding
+would write exactly are cheap. Weights in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.reasoner.evaluate import prompt_tokens
+from benchmarks.reasoner.model import Llama
+from benchmarks.reasoner.task import Problem
+from sglang_pmkvq.formats import TIERS
+from sglang_pmkvq.kernels.reference.codes import fake_quantize
+
+SINK = 16
+WINDOW = 128
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Final (K, V) bits per layer, key scales fp32 [L, H, D] or None, and channels per group."""
+
+    finals: tuple[tuple[int, int], ...]
+    key_scale: Tensor | None = None
+    group_size: int = 128
+
+
+def logits(model: Llama, tokens: Tensor, widths: Widths, first: int, window: int = WINDOW) -> Tensor:
+    """Logits fp32 [T − first, vocabulary] of tokens [T] of one sequence, from position ``first`` on."""
+    length = len(tokens)
+    cos, sin = model.cos[:length], model.sin[:length]
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+    exact = (distance < window) | (torch.arange(length)[None] < SINK)
+    x = model.model.embed_tokens(tokens)[None]
+    for index, layer in enumerate(model.model.layers):
+        attn = layer.self_attn
+        q, k, v = attn.project(layer.input_layernorm(x), cos, sin)
+        out = _attention(q[0], _bf16(k[0]), _bf16(v[0]), widths, index, distance, exact)
+        x = x + attn.o_proj(out.transpose(0, 1).flatten(1))[None]
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    result: Tensor = model.lm_head(model.model.norm(x[0, first:]))
+    return result
+
+
+def _bf16(x: Tensor) -> Tensor:
+    """What a 16-bit page holds."""
+    return x.bfloat16().float()
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, widths: Widths, layer: int, distance: Tensor, exact: Tensor) -> Tensor:
+    k_bits, v_bits = widths.finals[layer]
+    assert k_bits in TIERS and v_bits in TIERS
+    scale = None if widths.key_scale is None or k_bits == 16 else widths.key_scale[layer, :, None]
+    k_low = fake_quantize(k, k_bits, widths.group_size, scale)
+    v_low = fake_quantize(v, v_bits, widths.group_size)
+    share = q.shape[0] // k.shape[0]
+    k, v, k_low, v_low = (t.repeat_interleave(share, 0) for t in (k, v, k_low, v_low))
+    scores = torch.where(exact, q @ k.transpose(-1, -2), q @ k_low.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+    p = scores.masked_fill_(distance < 0, -math.inf).softmax(-1)
+    return (p * exact) @ v + (p * ~exact) @ v_low
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A gold chain, ready to be forced: tokens [T], index of the first chain token, exact log-probabilities."""
+
+    tokens: Tensor
+    first: int
+    exact: Tensor
+
+
+@torch.no_grad()
+def chains(model: Llama, tokenizer: Any, problems: Sequence[Problem]) -> list[Chain]:
+    """Chains with the log-probabilities of a 16-bit cache."""
+    out = []
+    sixteen = Widths(((16, 16),) * model.config.num_hidden_layers)
+    for problem in problems:
+        prompt = prompt_tokens(tokenizer, problem)
+        chain = [*tokenizer(problem.chain)["input_ids"], tokenizer.eos_token_id]
+        tokens = torch.tensor(prompt + chain)
+        out.append(Chain(tokens, len(prompt), logits(model, tokens[:-1], sixteen, len(prompt) - 1).log_softmax(-1)))
+    return out
+
+
+@torch.no_grad()
+def compare(model: Llama, given: Sequence[Chain], widths: Widths, window: int = WINDOW) -> dict[str, Any]:
+    """KL(16 bits ‖ widths) per step in nats, steps and whole chains whose greedy choice is the gold one."""
+    kl, right, whole = [], 0, 0
+    for chain in given:
+        low = logits(model, chain.tokens[:-1], widths, chain.first - 1, window).log_softmax(-1)
+        kl.append((chain.exact.exp() * (chain.exact - low)).sum(-1).numpy())
+        hit = low.argmax(-1) == chain.tokens[chain.first :]
+        right += int(hit.sum())
+        whole += bool(hit.all())
+    every = np.concatenate(kl)
+    means = np.array([k.mean() for k in kl])
+    return {
+        "chains": len(given),
+        "steps": len(every),
+        "kl_mean": float(every.mean()),
+        "kl_mean_standard_error": float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None,
+        "kl_p99": float(np.quantile(every, 0.99)),
+        "step_accuracy": right / len(every),
+        "chains_right": whole,
+    }

@@ -1,0 +1,306 @@
+"""The calibration file: save, load, check. No torch and no SGLang: a server reads it before it takes memory.
+
+One safetensors file. Its metadata hold one key, ``pmkvq``: a JSON header with everything but the tensors, and
+``sha256`` over the rest of the header and the bytes of all tensors. Loading verifies format, schema version,
+digest, field types and shapes, in this order; ``check_model`` compares with the model that is to be served.
+Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sglang_pmkvq.formats import GROUP_SIZES, TIERS, LayerGroup, PageShape, groups_from_finals, page_bytes
+
+SCHEMA = 1
+METADATA_KEY = "pmkvq"
+TRANSFORMS = ("none", "scale")
+
+# What decides keys, values and their shapes. Names that configurations of one architecture share.
+_FACTS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+_SLICE_BYTES = 1 << 16
+
+
+class ArtifactError(ValueError):
+    """A calibration file cannot be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Everything that a calibration decided, and what it was decided from.
+
+    Attributes:
+        model: name or path of the model, for people.
+        config_sha256: digest of ``config_facts``.
+        weights_sha256: ``weights_digest`` of the model folder, or None if it was not known.
+        data: corpus: source, samples, tokens, sha256.
+        seed: of the corpus sampling.
+        num_kv_heads: KV heads of the whole model, H.
+        head_dim: channels per head, D.
+        group_size: channels that share one (zero, range) pair, G.
+        finals: (K final, V final) bits of each layer.
+        transform: ``none`` or ``scale`` (per-channel key scales, paper eq. 9, 10).
+        effective_lens: effective lengths of positional interpolation, tokens (paper eq. 12).
+        widths: final widths that allocation could choose from.
+        sensitivity: ``taylor`` (paper eq. 5) or ``kl`` (measured): what allocation minimized.
+        objective: its sum at ``finals``; ``objective_unbounded`` without the bound on layer groups.
+        bytes_per_token: of K and V over all layers and heads at ``finals``, scales and zeros included.
+        report: further figures for people (rank correlation, times), JSON.
+        tensors: ``key_scale`` fp32 [L, H, D] (``scale`` only), ``key_max`` fp32 [L, H, D], ``taylor`` and
+            optionally ``kl`` fp64 [L, 2, W] for K and V at ``report["widths"]``.
+    """
+
+    model: str
+    config_sha256: str
+    weights_sha256: str | None
+    data: dict[str, Any]
+    seed: int
+    num_kv_heads: int
+    head_dim: int
+    group_size: int
+    finals: tuple[tuple[int, int], ...]
+    transform: str
+    effective_lens: tuple[int, ...]
+    widths: tuple[int, ...]
+    sensitivity: str
+    objective: float
+    objective_unbounded: float
+    bytes_per_token: int
+    report: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.finals)
+
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        return groups_from_finals(list(self.finals))
+
+    @property
+    def mean_bits(self) -> float:
+        """Mean final width over layers and sides, codes only."""
+        return sum(k + v for k, v in self.finals) / (2 * len(self.finals))
+
+    def key_scale(self, layers: tuple[int, ...], heads: slice) -> np.ndarray | None:
+        """fp32 [len(layers), heads, D] of the key scales, or None if keys are not scaled."""
+        scale = self.tensors.get("key_scale")
+        return None if scale is None else np.ascontiguousarray(scale[list(layers), heads])
+
+    def summary(self) -> dict[str, Any]:
+        """For logs and ``/server_info``: small, JSON."""
+        return {
+            "model": self.model,
+            "transform": self.transform,
+            "mean_bits": self.mean_bits,
+            "bytes_per_token": self.bytes_per_token,
+            "data_sha256": self.data.get("sha256"),
+            "seed": self.seed,
+        }
+
+
+def token_bytes(num_kv_heads: int, head_dim: int, group_size: int, finals: tuple[tuple[int, int], ...]) -> int:
+    """Bytes of K and V of one token at its final widths over all layers, scales and zeros included."""
+    shape = PageShape(16, num_kv_heads, head_dim, group_size)
+    groups = groups_from_finals(list(finals))
+    return sum(page_bytes(shape, g, g.final_step) for g in groups) // shape.page_size
+
+
+def config_facts(config: Any) -> dict[str, Any]:
+    """What a calibration depends on, from a ``transformers`` configuration (or one like it)."""
+    facts: dict[str, Any] = {name: getattr(config, name, None) for name in _FACTS}
+    heads = facts["num_attention_heads"] or 1
+    facts["num_key_value_heads"] = facts["num_key_value_heads"] or heads
+    facts["head_dim"] = getattr(config, "head_dim", None) or facts["hidden_size"] // heads
+    # transformers 5 keeps theta and scaling in one dictionary, older configurations apart.
+    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    rope.setdefault("rope_theta", getattr(config, "rope_theta", None))
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    facts["rope"] = {key: rope[key] for key in sorted(rope) if rope[key] is not None}
+    return facts
+
+
+def config_digest(config: Any) -> str:
+    """SHA-256 of ``config_facts``, hexadecimal."""
+    return hashlib.sha256(_canonical(config_facts(config))).hexdigest()
+
+
+def weights_digest(folder: str | os.PathLike[str]) -> str | None:
+    """SHA-256 over names, sizes and three 64-KiB slices of every safetensors file; None if there is none.
+
+    Tells fine-tuned weights from their base without reading gigabytes; it is no proof of identity.
+    """
+    files = sorted(Path(folder).glob("*.safetensors")) if os.path.isdir(folder) else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        with file.open("rb") as data:
+            for start in (0, max(0, size // 2 - _SLICE_BYTES // 2), max(0, size - _SLICE_BYTES)):
+                data.seek(start)
+                digest.update(data.read(_SLICE_BYTES))
+    return digest.hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(_canonical(header))
+    for name in sorted(tensors):
+        data = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name}:{data.dtype.str}:{list(data.shape)};".encode())
+        digest.update(data.tobytes())
+    return digest.hexdigest()
+
+
+def save(calibration: Calibration, path: str | os.PathLike[str]) -> None:
+    """Write a calibration; the file appears whole or not at all.
+
+    Raises:
+        ArtifactError: the calibration does not hold together.
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    _validate(calibration, str(path))
+    header = {k: v for k, v in asdict(calibration).items() if k != "tensors"}
+    header = json.loads(_canonical({"schema": SCHEMA, **header}))
+    header["sha256"] = _digest(header, calibration.tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    tensors = {name: np.ascontiguousarray(t) for name, t in calibration.tensors.items()}
+    save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(header, sort_keys=True)})
+    partial.chmod(0o644)  # safetensors makes it private; the server may run as another user
+    os.replace(partial, path)
+
+
+def load(path: str | os.PathLike[str]) -> Calibration:
+    """Read and verify a calibration.
+
+    Raises:
+        ArtifactError: no such file, truncated, not a calibration, unknown schema version, changed since it
+            was written, or fields and shapes that do not fit together.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    name = os.fspath(path)
+    if not os.path.isfile(name):
+        raise ArtifactError(f"{name}: no such calibration file; make one with `pmkvq calibrate`")
+    try:
+        with safe_open(name, framework="np") as file:
+            metadata = file.metadata() or {}
+            # Weights given by mistake may be gigabytes, and of types that numpy does not have.
+            keys = file.keys() if METADATA_KEY in metadata else []
+            tensors = {key: file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{name}: truncated, or not a safetensors file ({error}); calibrate again or copy it again"
+        ) from error
+    try:
+        header = json.loads(metadata[METADATA_KEY])
+        schema = header.pop("schema")
+        stored = header.pop("sha256")
+    except (KeyError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{name}: a safetensors file, but not a calibration: it has no pmkvq header") from error
+    if schema != SCHEMA:
+        raise ArtifactError(
+            f"{name}: schema version {schema!r}, this version of sglang-pmkvq reads {SCHEMA}; calibrate again"
+        )
+    if _digest({"schema": schema, **header}, tensors) != stored:
+        raise ArtifactError(f"{name}: its contents do not match their SHA-256; the file was damaged or changed")
+    expected = {field.name for field in fields(Calibration)} - {"tensors"}
+    if set(header) != expected:
+        raise ArtifactError(f"{name}: header fields {sorted(set(header) ^ expected)} are missing or unknown")
+    try:
+        header["finals"] = tuple((int(k), int(v)) for k, v in header["finals"])
+        header["effective_lens"] = tuple(header["effective_lens"])
+        header["widths"] = tuple(header["widths"])
+        calibration = Calibration(**header, tensors=tensors)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{name}: malformed header ({error})") from error
+    _validate(calibration, name)
+    return calibration
+
+
+def _validate(c: Calibration, name: str) -> None:
+    problems = []
+    if not c.finals or any(k not in TIERS or v not in TIERS for k, v in c.finals):
+        problems.append(f"final widths must be {TIERS}, got {c.finals}")
+    if c.group_size not in GROUP_SIZES or c.head_dim % c.group_size:
+        problems.append(f"group size {c.group_size} does not fit head_dim {c.head_dim}")
+    if c.transform not in TRANSFORMS:
+        problems.append(f"unknown transform {c.transform!r}")
+    if (c.transform == "scale") != ("key_scale" in c.tensors):
+        problems.append(f"transform {c.transform!r} and tensors {sorted(c.tensors)} disagree")
+    shape = (c.num_layers, c.num_kv_heads, c.head_dim)
+    for key in ("key_scale", "key_max"):
+        tensor = c.tensors.get(key)
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != np.float32):
+            problems.append(f"{key} must be float32 {shape}, got {tensor.dtype} {tensor.shape}")
+    scale = c.tensors.get("key_scale")
+    if scale is not None and not bool(np.all(np.isfinite(scale) & (scale > 0))):
+        problems.append("key_scale must be positive and finite")
+    for key in ("taylor", "kl"):
+        tensor = c.tensors.get(key)
+        if tensor is not None and (tensor.ndim != 3 or tensor.shape[:2] != (c.num_layers, 2)):
+            problems.append(f"{key} must be [{c.num_layers}, 2, widths], got {tensor.shape}")
+    if not (math.isfinite(c.objective) and math.isfinite(c.objective_unbounded)):
+        problems.append("the objective is not finite")
+    if not problems and c.bytes_per_token != token_bytes(c.num_kv_heads, c.head_dim, c.group_size, c.finals):
+        problems.append(f"{c.bytes_per_token} bytes per token do not follow from the widths")
+    if problems:
+        raise ArtifactError(f"{name}: {'; '.join(problems)}")
+
+
+def check_model(c: Calibration, name: str, config: Any, folder: str | None = None) -> None:
+    """Compare with the model that is to be served.
+
+    Args:
+        name: the calibration file, for messages.
+        config: its ``transformers`` text configuration.
+        folder: local folder of its weights, if there is one.
+
+    Raises:
+        ArtifactError: another architecture, other shapes or other weights.
+    """
+    facts = config_facts(config)
+    for what, calibrated, served in (
+        ("layers", c.num_layers, facts["num_hidden_layers"]),
+        ("KV heads", c.num_kv_heads, facts["num_key_value_heads"]),
+        ("head_dim", c.head_dim, facts["head_dim"]),
+    ):
+        if calibrated != served:
+            raise ArtifactError(
+                f"{name}: made for a model with {calibrated} {what} ({c.model}), this one has {served}"
+            )
+    if c.config_sha256 != config_digest(config):
+        raise ArtifactError(
+            f"{name}: made for {c.model}, whose configuration differs from this model's (same shapes); calibrate "
+            "this model"
+        )
+    weights = weights_digest(folder) if folder else None
+    if c.weights_sha256 and weights and weights != c.weights_sha256:
+        raise ArtifactError(
+            f"{name}: made for other weights of the same architecture ({c.model}); calibrate this model"
+        )

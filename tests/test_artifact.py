@@ -1,0 +1,219 @@
+"""The calibration file: what is written is read back, and every kind of damage is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from benchmarks.serving import REASONER
+from sglang_pmkvq import artifact
+from sglang_pmkvq.artifact import ArtifactError, Calibration
+
+CONFIG = SimpleNamespace(
+    model_type="llama", hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=512, head_dim=64, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+)  # fmt: skip
+
+
+def example(**changes: Any) -> Calibration:
+    finals = ((4, 2), (8, 4))
+    values: dict[str, Any] = {
+        "model": "a/b",
+        "config_sha256": artifact.config_digest(CONFIG),
+        "weights_sha256": None,
+        "data": {"source": "x.txt", "samples": 1, "tokens": 2, "sha256": "00"},
+        "seed": 3,
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "group_size": 64,
+        "finals": finals,
+        "transform": "scale",
+        "effective_lens": (8192,),
+        "widths": (2, 4, 8),
+        "sensitivity": "taylor",
+        "objective": 1.5,
+        "objective_unbounded": 1.25,
+        "bytes_per_token": artifact.token_bytes(2, 64, 64, finals),
+        "report": {"widths": [8, 4, 2]},
+        "tensors": {
+            "key_scale": np.exp(np.random.default_rng(0).normal(size=(2, 2, 64))).astype(np.float32),
+            "taylor": np.ones((2, 2, 3)),
+        },
+    }
+    return Calibration(**values | changes)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    artifact.save(example(), tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header: dict[str, Any] = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["pmkvq"])
+    return header
+
+
+def rewrite(path: Path, header: Any, tensors: dict[str, np.ndarray] | None = None) -> None:
+    text = header if isinstance(header, str) else json.dumps(header)
+    save_file(tensors or load_file(path), path, metadata={"pmkvq": text})
+
+
+def test_round_trip(path: Path) -> None:
+    wrote, read = example(), artifact.load(path)
+    for field in dataclasses.fields(Calibration):
+        if field.name != "tensors":
+            assert getattr(read, field.name) == getattr(wrote, field.name), field.name
+    assert read.tensors.keys() == wrote.tensors.keys()
+    for name, tensor in wrote.tensors.items():
+        assert np.array_equal(read.tensors[name], tensor)
+        assert read.tensors[name].dtype == tensor.dtype
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing partial stays behind
+    assert read.mean_bits == 4.5
+    assert [g.layers for g in read.groups] == [(0,), (1,)]
+
+
+def test_header_holds_what_is_promised(path: Path) -> None:
+    header = header_of(path)
+    assert header["schema"] == artifact.SCHEMA
+    assert len(header["sha256"]) == 64
+    for name in ("model", "config_sha256", "data", "seed", "group_size", "finals", "transform", "bytes_per_token"):
+        assert name in header
+
+
+def test_bytes_per_token_are_those_of_formats() -> None:
+    """1 head of 128 channels at 4 and 2 bits: 64 + 32 bytes of codes, 4 bytes of (zero, range) each."""
+    assert artifact.token_bytes(1, 128, 128, ((4, 2),)) == 64 + 32 + 4 + 4
+    assert artifact.token_bytes(1, 128, 128, ((16, 16),)) == 512
+
+
+def test_missing(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"no such calibration file; make one with `pmkvq calibrate`"):
+        artifact.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated(path: Path, keep: int) -> None:
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ArtifactError, match="truncated, or not a safetensors file"):
+        artifact.load(path)
+
+
+def test_pickle_is_not_read(path: Path) -> None:
+    import pickle
+
+    path.write_bytes(pickle.dumps({"finals": [4, 4]}))
+    with pytest.raises(ArtifactError, match="not a safetensors file"):
+        artifact.load(path)
+
+
+def test_some_other_safetensors_file(path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a calibration"):
+        artifact.load(REASONER / "model.safetensors")
+    save_file({"weight": np.zeros(2)}, path)
+    with pytest.raises(ArtifactError, match="not a calibration"):
+        artifact.load(path)
+    rewrite(path, "not json", {"weight": np.zeros(2)})
+    with pytest.raises(ArtifactError, match="not a calibration"):
+        artifact.load(path)
+
+
+def test_every_changed_byte_of_the_tensors_is_seen(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match="do not match their SHA-256"):
+        artifact.load(path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("finals", [[2, 2], [8, 4]]), ("seed", 4), ("bytes_per_token", 1)])
+def test_changed_header(path: Path, field: str, value: object) -> None:
+    rewrite(path, header_of(path) | {field: value})
+    with pytest.raises(ArtifactError, match="do not match their SHA-256"):
+        artifact.load(path)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_unknown_version(path: Path, version: object) -> None:
+    rewrite(path, header_of(path) | {"schema": version})
+    with pytest.raises(ArtifactError, match="schema version .* this version of sglang-pmkvq reads 1"):
+        artifact.load(path)
+
+
+def signed(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    body = {k: v for k, v in header.items() if k != "sha256"}
+    return body | {"sha256": artifact._digest(body, tensors)}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"finals": [[3, 2], [8, 4]]}, "final widths"),
+        ({"finals": [[4, 2]]}, "key_scale must be"),
+        ({"finals": [[4]]}, "malformed header"),
+        ({"group_size": 48}, "group size 48"),
+        ({"transform": "hadamard"}, "unknown transform"),
+        ({"transform": "none"}, "disagree"),
+        ({"bytes_per_token": 1}, "do not follow from the widths"),
+        ({"surprise": 1}, "missing or unknown"),
+    ],
+)
+def test_fields_that_do_not_fit(path: Path, change: dict[str, Any], says: str) -> None:
+    """Also with a digest that is right: a file made by other code."""
+    tensors = load_file(path)
+    rewrite(path, signed(header_of(path) | change, tensors), tensors)
+    with pytest.raises(ArtifactError, match=says):
+        artifact.load(path)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [np.ones((2, 2, 32), np.float32), np.ones((2, 2, 64)), np.zeros((2, 2, 64), np.float32)],
+    ids=["shape", "dtype", "zero"],
+)
+def test_scales_that_do_not_fit(tmp_path: Path, scale: np.ndarray) -> None:
+    with pytest.raises(ArtifactError, match="key_scale must be"):
+        artifact.save(example(tensors={"key_scale": scale}), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_hidden_layers": 3}, "2 layers .* this one has 3"),
+        ({"num_key_value_heads": 4}, "2 KV heads .* this one has 4"),
+        ({"head_dim": 128}, "64 head_dim .* this one has 128"),
+        ({"vocab_size": 1024}, "configuration differs"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "configuration differs"),
+    ],
+)
+def test_wrong_model(change: dict[str, Any], says: str) -> None:
+    artifact.check_model(example(), "f", CONFIG)
+    with pytest.raises(ArtifactError, match=says):
+        artifact.check_model(example(), "f", SimpleNamespace(**vars(CONFIG) | change))
+
+
+def test_old_and_new_rope_fields_are_one() -> None:
+    old = {k: v for k, v in vars(CONFIG).items() if k != "rope_parameters"} | {"rope_theta": 1e4, "rope_scaling": None}
+    assert artifact.config_digest(SimpleNamespace(**old)) == artifact.config_digest(CONFIG)
+
+
+def test_other_weights_of_the_same_architecture(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        save_file({"w": np.full(8, value)}, tmp_path / name / "model.safetensors")
+    mine = example(weights_sha256=artifact.weights_digest(tmp_path / "a"))
+    artifact.check_model(mine, "f", CONFIG, str(tmp_path / "a"))
+    with pytest.raises(ArtifactError, match="other weights of the same architecture"):
+        artifact.check_model(mine, "f", CONFIG, str(tmp_path / "b"))
+    assert artifact.weights_digest(tmp_path) is None

@@ -1,0 +1,297 @@
+"""``pmkvq calibrate`` and ``inspect`` from end to end on small models, interruptions included."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.serving import REASONER
+from sglang_pmkvq import artifact
+from sglang_pmkvq.calib import run as calib_run
+from sglang_pmkvq.calib import sensitivity
+from sglang_pmkvq.calib.run import Settings, calibrate
+from sglang_pmkvq.calibration import group_key_scales, layer_finals, load_for, rank_heads
+from sglang_pmkvq.cli import main
+from sglang_pmkvq.config import PmkvqConfigError
+from sglang_pmkvq.formats import groups_from_finals
+from tests.support.models import make_model
+
+
+def token_file(path: Path, rows: int = 6, length: int = 40) -> Path:
+    rng = np.random.default_rng(0)
+    path.write_text("\n".join(json.dumps({"input_ids": rng.integers(2, 512, length).tolist()}) for _ in range(rows)))
+    return path
+
+
+def settings(model: Path, data: Path, **changes: Any) -> Settings:
+    base = Settings(str(model), str(data), "3", samples=4, seq_len=32, effective="128", kl_samples=2, max_groups=3)
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(model, data)."""
+    folder = tmp_path_factory.mktemp("small")
+    return make_model(folder / "model", "qwen3", kv_heads=4, layers=3), token_file(folder / "d.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "facts"),
+    [
+        ("llama", {"dtype": torch.float16}),
+        ("qwen2", {"heads": 8, "kv_heads": 1}),
+        ("qwen3", {"heads": 4, "kv_heads": 4}),
+        ("mistral", {"heads": 6, "kv_heads": 2, "head_dim": 128}),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_architectures(architecture: str, facts: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+    """Biases, QK-norm, grouped queries, both 16-bit checkpoints, computed in fp32 and in 16 bits."""
+    model = make_model(tmp_path / "model", architecture, layers=2, **facts)
+    got = calibrate(
+        settings(model, token_file(tmp_path / "d.jsonl"), dtype=dtype), tmp_path / "out.safetensors", quiet=True
+    )
+    kv_heads, head_dim = facts.get("kv_heads", 2), facts.get("head_dim", 64)
+    assert got.tensors["key_scale"].shape == (2, kv_heads, head_dim)
+    assert got.tensors["key_scale"].dtype == np.float32
+    for name in ("taylor", "kl"):
+        assert got.tensors[name].shape == (2, 2, 3)
+        assert np.isfinite(got.tensors[name]).all()
+    assert (got.tensors["taylor"][..., 2] > got.tensors["taylor"][..., 0]).all()  # 2 bits hurt more than 8
+    assert got.bytes_per_token <= got.report["budget_bytes_per_token"]
+    read = artifact.load(tmp_path / "out.safetensors")
+    assert read.finals == got.finals
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.jsonl", "model", "out.safetensors"]
+
+
+def test_interrupted_run_ends_the_same(
+    small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = small
+    whole = calibrate(settings(model, data), tmp_path / "whole.safetensors", quiet=True)
+
+    monkeypatch.setattr("sglang_pmkvq.calib.sweep.SAVE_EVERY_S", -1.0)
+    real, calls = sensitivity.observe_taylor, 0
+
+    def failing(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(sensitivity, "observe_taylor", failing)
+    out = tmp_path / "parts.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(settings(model, data), out, quiet=True)
+    assert not out.exists()
+    work = tmp_path / "parts.safetensors.work"
+    assert {p.stem for p in work.iterdir()} >= {"ranges", "alphas", "taylor"}
+    resumed = calibrate(settings(model, data), out, quiet=True)
+    assert calls == 5  # two before, two after: nothing ran twice
+    assert resumed.finals == whole.finals
+    assert resumed.objective == whole.objective
+    for name, tensor in whole.tensors.items():
+        assert np.array_equal(resumed.tensors[name], tensor), name
+    assert not work.exists()
+
+
+def test_partial_results_of_other_data_are_not_used(small: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = small
+    work = tmp_path / "work"
+    first = calibrate(settings(model, data), tmp_path / "a", work, quiet=True)
+    other = calibrate(settings(model, data, seed=1, samples=3), tmp_path / "b", work, quiet=True)
+    fresh = calibrate(settings(model, data, seed=1, samples=3), tmp_path / "c", quiet=True)
+    assert np.array_equal(other.tensors["taylor"], fresh.tensors["taylor"])
+    assert not np.array_equal(other.tensors["taylor"], first.tensors["taylor"])
+
+
+def test_another_target_reuses_partial_results(
+    small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = small
+    work = tmp_path / "work"
+    calibrate(settings(model, data), tmp_path / "a", work, quiet=True)
+
+    def never(*args: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(sensitivity, "observe_taylor", never)
+    monkeypatch.setattr(sensitivity, "observe_kl", never)
+    got = calibrate(settings(model, data, target="2", sensitivity="taylor"), tmp_path / "b", work, quiet=True)
+    assert got.finals == ((2, 2),) * 3
+    assert got.sensitivity == "taylor"
+
+
+def test_transform_none_and_16_bit_layers(small: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = small
+    got = calibrate(
+        settings(model, data, transform="none", widths=(2, 16), target="9"), tmp_path / "a", quiet=True
+    )
+    assert "key_scale" not in got.tensors
+    assert {bits for pair in got.finals for bits in pair} == {2, 16}
+    groups = groups_from_finals(list(got.finals))
+    assert group_key_scales(got, groups, slice(0, 4)) == (None,) * len(groups)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"transform": "hadamard"}, "--transform hadamard: rotations are not implemented"),
+        ({"transform": "pca"}, "--transform pca"),
+        ({"sensitivity": "hessian"}, "--sensitivity hessian"),
+        ({"sensitivity": "kl", "kl_samples": 0}, "--kl-samples"),
+        ({"widths": (2, 3)}, "--widths 2,3"),
+        ({"samples": 0}, "--samples"),
+        ({"max_groups": 0}, "--max-groups 0"),
+        ({"group_size": 128}, "--group-size 128 does not divide this model's head_dim 64; use one of 32, 64"),
+        ({"target": "1"}, "bytes per token are infeasible; the smallest budget for widths 2, 4, 8 is"),
+        ({"effective": "16"}, "--effective-len 16"),
+    ],
+)
+def test_refused_settings(small: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        calibrate(settings(*small, **changes), tmp_path / "a", quiet=True)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "gemma2"}, "this model is 'gemma2'"),
+        ({"head_dim": 96}, "this model has 96"),
+        ({"sliding_window": 4096}, "sliding window of 4096 tokens"),
+    ],
+)
+def test_refused_architectures(change: dict[str, Any], says: str) -> None:
+    from sglang_pmkvq.calib.model import check_architecture
+
+    config = SimpleNamespace(model_type="mistral", head_dim=64, sliding_window=None)
+    check_architecture(config)
+    with pytest.raises(ValueError, match=says):
+        check_architecture(SimpleNamespace(**vars(config) | change))
+
+
+def test_commands(small: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "model.pmkvq.safetensors")
+    line = ["calibrate", "--model", str(small[0]), "--data", str(small[1]), "--out", out, "--target-bits", "3"]
+    line += ["--samples", "2", "--seq-len", "32", "--kl-samples", "1"]
+    assert main(line) == 0
+    assert "written" in capsys.readouterr().out
+    assert main(["inspect", out, "--out", str(tmp_path / "p.png")]) == 0
+    shown = capsys.readouterr().out
+    for word in ("bytes per token", "layer group", "Spearman", "K at 2", "sha256", "loss"):
+        assert word in shown
+    assert (tmp_path / "p.png").stat().st_size > 5000
+    assert main([*line[:-1], "1", "--target-bits", "1B"]) == 2
+    assert "infeasible" in capsys.readouterr().err
+    Path(out).write_bytes(b"")
+    assert main(["inspect", out]) == 2
+    assert "truncated" in capsys.readouterr().err
+
+
+# --- what the server makes of it ---
+
+
+@pytest.fixture(scope="module")
+def calibration(small: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(model, calibration file)."""
+    path = tmp_path_factory.mktemp("c") / "c.safetensors"
+    calibrate(settings(*small), path, quiet=True)
+    return small[0], path
+
+
+def arguments(model: Path, path: Path, **flags: Any) -> Any:
+    from sglang_pmkvq.server_args import PmkvqServerArgs
+
+    return PmkvqServerArgs(
+        model_path=str(model), device="cpu", kv_quant="pmkvq", pmkvq_calibration=str(path),
+        skip_tokenizer_init=True, **flags,
+    )  # fmt: skip
+
+
+def text_of(finals: tuple[tuple[int, int], ...]) -> str:
+    return ",".join(f"{i}:k{k}v{v}" for i, (k, v) in enumerate(finals))
+
+
+def test_server_arguments_take_a_calibration(calibration: tuple[Path, Path]) -> None:
+    finals = artifact.load(calibration[1]).finals
+    args = arguments(*calibration)
+    assert layer_finals(args, 3, load_for(args)) == list(finals)
+    arguments(*calibration, pmkvq_final_bits=text_of(finals), pmkvq_group_size=64)  # says the same
+    with pytest.raises(PmkvqConfigError, match="made for 3 layers, this server runs 4"):
+        layer_finals(args, 4, load_for(args))
+
+
+def test_refused_beside_other_flags(calibration: tuple[Path, Path]) -> None:
+    with pytest.raises(PmkvqConfigError, match=r"--pmkvq-final-bits 16 asks for others; leave one of the two out"):
+        arguments(*calibration, pmkvq_final_bits="16")
+    with pytest.raises(PmkvqConfigError, match="--pmkvq-group-size 32 asks for others"):
+        arguments(*calibration, pmkvq_group_size=32)
+
+
+def test_refused_before_memory_is_taken(calibration: tuple[Path, Path], tmp_path: Path) -> None:
+    """Missing, damaged, and made for another model: all while the arguments are read."""
+    model, path = calibration
+    with pytest.raises(PmkvqConfigError, match="--pmkvq-calibration .* no such calibration file"):
+        arguments(model, tmp_path / "none")
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(PmkvqConfigError, match="--pmkvq-calibration .* truncated"):
+        arguments(model, tmp_path / "cut")
+    with pytest.raises(PmkvqConfigError, match="--pmkvq-calibration .* made for a model with 3 layers"):
+        arguments(REASONER, path)
+    twin = make_model(tmp_path / "twin", "qwen3", kv_heads=4, layers=3, seed=1)
+    with pytest.raises(PmkvqConfigError, match="--pmkvq-calibration .* other weights"):
+        arguments(twin, path)
+
+
+@pytest.mark.parametrize(
+    ("total", "size", "slices"),
+    [(4, 1, [(0, 4)]), (4, 2, [(0, 2), (2, 4)]), (2, 4, [(0, 1), (0, 1), (1, 2), (1, 2)])],
+)
+def test_heads_of_a_rank(total: int, size: int, slices: list[tuple[int, int]]) -> None:
+    assert [rank_heads(total, size, rank) for rank in range(size)] == [slice(a, b) for a, b in slices]
+
+
+def test_key_scales_of_groups_and_ranks(calibration: tuple[Path, Path]) -> None:
+    c = artifact.load(calibration[1])
+    whole = torch.from_numpy(c.tensors["key_scale"])
+    for group, scale in zip(c.groups, group_key_scales(c, c.groups, slice(2, 4)), strict=True):
+        assert scale is not None
+        assert torch.equal(scale, whole[list(group.layers)][:, 2:4])
+
+
+def test_pool_holds_the_scales_of_its_groups(calibration: tuple[Path, Path]) -> None:
+    """What start-up hands to the pool ends in the storage that codes are made and read with."""
+    from sglang_pmkvq.config import Limits
+    from sglang_pmkvq.formats import PageShape, geometry_for_pages
+    from sglang_pmkvq.ledger import PolicyConfig
+    from sglang_pmkvq.pool import MixedPrecisionTokenPool, PoolSetup
+
+    c = artifact.load(calibration[1])
+    geometry = geometry_for_pages(PageShape(16, 4, 64, 64), c.groups, 8, 2)
+    scales = group_key_scales(c, c.groups, slice(0, 4))
+    setup = PoolSetup(
+        geometry, PolicyConfig(), Limits(1, 16, 2), geometry.total_bytes, 64, key_scales=scales,
+        calibration=c.summary(),
+    )  # fmt: skip
+    pool = MixedPrecisionTokenPool(setup, 128, 16, torch.bfloat16, 4, 64, c.num_layers, "cpu", False)
+    for layer in range(c.num_layers):
+        group, index = pool.place(layer)
+        held = pool.storages[group].key_scale
+        assert held is not None
+        assert np.array_equal(held[index].numpy(), c.tensors["key_scale"][layer])
+    assert "calibrated for" in pool.log_line()
+    assert json.dumps(setup.summary())  # what /server_info sends
+
+
+def test_tokenizer_is_optional(small: tuple[Path, Path]) -> None:
+    assert calib_run.load_tokenizer(str(small[0])) is None
+    assert calib_run.load_tokenizer(str(REASONER)) is not None

@@ -1,0 +1,113 @@
+"""Serving from a calibration: the bundled model answers, keys are read at their scales, other architectures too."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.equality import answers
+from benchmarks.oracle import Case, load, replay, serve_case
+from benchmarks.pressure import problem_set, prompt_ids
+from benchmarks.reasoner.task import check
+from benchmarks.serving import REASONER, STRICT, generate_many, serve
+from benchmarks.steady import random_prompts
+from sglang_pmkvq import artifact
+from sglang_pmkvq.calib.run import Settings, calibrate
+from tests.support.models import make_model
+
+pytestmark = pytest.mark.server
+
+
+def test_bundled_model_is_calibrated_and_answers(tmp_path: Path) -> None:
+    """A few samples, the whole cache at final widths: right answers, and log-probabilities that only the key
+    scales of the file explain."""
+    path = tmp_path / "c.safetensors"
+    settings = Settings(
+        str(REASONER), "builtin", "5", samples=2, seq_len=400, effective="1600", widths=(4, 8), kl_samples=1
+    )
+    made = calibrate(settings, path, quiet=True)
+    # Scales that matter more than calibrated ones: a server that ignores them must be found out.
+    rough = np.exp(np.random.default_rng(0).normal(0, 0.7, made.tensors["key_scale"].shape)).astype(np.float32)
+    artifact.save(dataclasses.replace(made, tensors={**made.tensors, "key_scale": rough}), tmp_path / "rough")
+    case = Case("calibrated", "", "static", 0, "64MiB", str(tmp_path / "rough"))
+    problems = problem_set(3, 30, 36, first=400)
+    ids, _ = prompt_ids(REASONER, problems)
+    tokenizer = AutoTokenizer.from_pretrained(REASONER)
+    with serve(REASONER, case.args()) as server:
+        info = server.pool()
+        assert info["calibration"]["transform"] == "scale"
+        assert [(tuple(g["layers"]), g["k_final"], g["v_final"]) for g in info["groups"]] == [
+            (g.layers, g.k_final, g.v_final) for g in made.groups
+        ]
+        assert "calibrated for" in server.log()
+        served = serve_case(server, ids, max(p.chain_tokens for p in problems) + 16)
+        assert sum(server.pool()["shrinks"].values()) > 0
+        assert not server.errors()
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _ in served]
+    assert sum(check(p, text) for p, text in zip(problems, texts, strict=True)) >= 2
+    model = load(REASONER)
+    (output, logprobs), prompt = served[0], ids[0]
+    plain = dataclasses.replace(case, calibration=str(tmp_path / "plain"))
+    tensors = {k: t for k, t in made.tensors.items() if k != "key_scale"}
+    artifact.save(dataclasses.replace(made, transform="none", tensors=tensors), plain.calibration)
+    with_scale, without = (
+        np.abs(replay(model, c, prompt, output)[0] - np.array(logprobs)).mean() for c in (case, plain)
+    )
+    assert with_scale < 2e-3
+    assert with_scale < without / 2
+
+
+FACTS: dict[str, dict[str, Any]] = {"qwen2": {"heads": 8, "kv_heads": 1}, "qwen3": {"heads": 4, "kv_heads": 4}}
+
+
+def calibrated(architecture: str, folder: Path) -> tuple[Path, Path]:
+    """(random model, its calibration), with more than one layer group."""
+    model = make_model(folder / "model", architecture, dtype=torch.bfloat16, **FACTS[architecture])
+    rng = np.random.default_rng(0)
+    rows = (json.dumps({"input_ids": rng.integers(2, 512, 64).tolist()}) for _ in range(4))
+    (folder / "d.jsonl").write_text("\n".join(rows))
+    settings = Settings(str(model), str(folder / "d.jsonl"), "3", samples=4, seq_len=64, effective="256", kl_samples=2)
+    assert len(calibrate(settings, folder / "c", quiet=True).groups) > 1
+    return model, folder / "c"
+
+
+COMMON = ["--skip-tokenizer-init", "--context-length", "4096"]
+
+
+@pytest.mark.parametrize("architecture", FACTS)
+def test_other_architectures_under_pressure(architecture: str, tmp_path: Path) -> None:
+    """Biases; QK-norm. A pool of a third of what the requests need: all finish, all groups reach their finals."""
+    model, path = calibrated(architecture, tmp_path)
+    token_bytes = 3 * FACTS[architecture]["kv_heads"] * 64 * 2 * 2
+    args = ["--pmkvq-calibration", str(path), "--pmkvq-pool-bytes", str(1100 * token_bytes), *COMMON]
+    with serve(model, [*args, "--chunked-prefill-size", "64", "--max-running-requests", "6"], env=STRICT) as server:
+        bodies = [
+            {"input_ids": p, "sampling_params": {"temperature": 0, "max_new_tokens": 120, "ignore_eos": True}}
+            for p in random_prompts(8, 12, 200, 512)
+        ]
+        out = generate_many(server, bodies, 6)
+        assert all(len(a["output_ids"]) == 120 for a in out)
+        assert server.pool()["shrinks"]["4->2"] > 0
+        server.flush()
+        assert server.pool()["mapped_pages"] == 0
+        assert not server.errors()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("architecture", FACTS)
+def test_calibrated_equals_stock_while_nothing_shrinks(architecture: str, tmp_path: Path) -> None:
+    model, path = calibrated(architecture, tmp_path)
+    prompts = [p[:n] for p, n in zip(random_prompts(7, 6, 320, 512), (1, 15, 16, 17, 100, 320), strict=True)]
+    common = ["--disable-radix-cache", "--chunked-prefill-size", "2048", "--max-running-requests", "8", *COMMON]
+    with serve(model, [*common, "--pmkvq-calibration", str(path), "--pmkvq-pool-bytes", "64MiB"]) as server:
+        ours = answers(server, prompts, 48, 1)
+        assert not server.pool()["shrinks"]
+    with serve(model, [*common, "--max-total-tokens", "20000"], quant=False) as server:
+        assert ours == answers(server, prompts, 48, 1)
