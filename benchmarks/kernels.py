@@ -121,9 +121,7 @@ def guarded(table: Table, key: dict[str, Any], body: Callable[[], dict[str, Any]
     return row
 
 
-def attention_row(
-    part: str, timer: Timer | None, case: Any, q: Any, chunk: int
-) -> tuple[Any, dict[str, Any]]:
+def attention_row(part: str, timer: Timer | None, case: Any, q: Any, chunk: int) -> tuple[Any, dict[str, Any]]:
     """Output of the last layer and the row of one case; ``chunk`` queries per request."""
     from benchmarks import kernel_cases as kc
     from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper

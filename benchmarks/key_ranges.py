@@ -32,9 +32,7 @@ def _samples(tokenizer: Any, count: int, tokens: int, seed: int) -> list[Sample]
     return out
 
 
-def _maxima(
-    model: CalibrationModel, samples: list[Sample], lens: tuple[int, ...], mode: str = "keys"
-) -> torch.Tensor:
+def _maxima(model: CalibrationModel, samples: list[Sample], lens: tuple[int, ...], mode: str = "keys") -> torch.Tensor:
     state = range_state(model, lens)
     for sample in samples:
         observe_ranges(model, sample, lens, state, mode)

@@ -35,14 +35,12 @@ class Row:
         share: pool bytes as a share of the problems' 16-bit bytes at their ends; None for a pool that holds all.
         quant: our pool, else stock ``torch_native``.
         args: further flags.
-        lines: program lines of this row's problems; 0: those of the command line.
     """
 
     name: str
     share: float | None
     quant: bool
     args: tuple[str, ...] = field(default=())
-    lines: int = 0
 
 
 def ours(name: str, share: float | None, final: str, *args: str) -> Row:
@@ -76,10 +74,6 @@ SUITES: dict[str, tuple[Row, ...]] = {
         ours("whole cache at 8 bits", None, "8", "--pmkvq-policy", "static", "--pmkvq-window", "0"),
         ours("whole cache at 4 bits", None, "4", "--pmkvq-policy", "static", "--pmkvq-window", "0"),
         ours("whole cache at 2 bits", None, "2", "--pmkvq-policy", "static", "--pmkvq-window", "0"),
-    ),
-    "lengths": tuple(
-        Row(f"{lines} lines, chains of {10 * lines} tokens", None, False, lines=lines)
-        for lines in (128, 144, 160, 176, 192)
     ),
 }
 
@@ -244,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="result file; the same command goes on with the rows that it lacks")
     options = parser.parse_args(argv)
     low, _, high = options.lines.partition("-")
+    problems = problem_set(options.problems, int(low), int(high or low))
+    ids, _ = prompt_ids(options.model, problems)
     result: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.pressure", *(argv or sys.argv[1:])]),
         "versions": versions(),
@@ -258,8 +254,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in SUITES[options.suite]:
         if row.name in done or (options.only and options.only not in row.name):
             continue
-        problems = problem_set(options.problems, row.lines or int(low), row.lines or int(high or low))
-        ids, _ = prompt_ids(options.model, problems)
         result["rows"].append(run_row(row, options.model, problems, ids, options.concurrency, options.chunk))
         print(table(result["rows"][-1:]).splitlines()[-1], flush=True)
         if options.out:

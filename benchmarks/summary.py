@@ -34,6 +34,23 @@ def _pressure(result: dict[str, Any]) -> str:
     return pressure_table(result["rows"])
 
 
+def _reasoner(result: dict[str, Any]) -> str:
+    return markdown(
+        ["program lines", "tokens of the chain", "bits", "problems", "right answers", "whole chains right"],
+        [
+            (
+                r["lines"],
+                f"{r['chain_tokens']['min']} to {r['chain_tokens']['max']}",
+                r["bits"],
+                r["problems"],
+                f"{100 * r['accuracy']:.1f} %",
+                f"{100 * r['chain_accuracy']:.1f} %",
+            )
+            for r in result["rows"]
+        ],
+    )
+
+
 def _equality(result: dict[str, Any]) -> str:
     return markdown(
         ["radix tree, requests at a time", "answers", "tokens", "shrinks", "ours ≠ stock", "stock ≠ stock"],
@@ -224,10 +241,11 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         _pressure,
     ),
     (
-        "lengths",
-        "Longer chains",
-        "The bundled model at 16 bits on programs longer than it was trained on (130).",
-        _pressure,
+        "reasoner",
+        "The bundled model alone",
+        "In plain PyTorch, without a server: greedy decoding over a cache that is rounded as it is written, all of it "
+        "at one width; and at 16 bits programs longer than those it was trained on (130 lines).",
+        _reasoner,
     ),
     (
         "equality",

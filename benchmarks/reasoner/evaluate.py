@@ -192,6 +192,15 @@ def evaluate(
     return records
 
 
+def add_row(path: Path, row: dict[str, object]) -> None:
+    """Put ``row`` into the table, in place of one of the same programs and width."""
+    command = "python -m benchmarks.reasoner.evaluate --table " + path.as_posix()
+    table = json.loads(path.read_text()) if path.is_file() else {"command": command, "rows": []}
+    kept = [r for r in table["rows"] if (r["lines"], r["bits"]) != (row["lines"], row["bits"])]
+    table["rows"] = sorted([*kept, row], key=lambda r: (int(r["lines"].split("-")[0]), -r["bits"]))
+    path.write_text(json.dumps(table, indent=1) + "\n")
+
+
 def main() -> None:
     """Evaluate and write one JSON file."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -205,6 +214,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="result file (JSON)")
+    parser.add_argument("--table", type=Path, help="result file (JSON) that gets a row per width, others are kept")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     low, high = (int(x) for x in args.lines.split("-"))
@@ -232,6 +242,9 @@ def main() -> None:
         result["bits"][str(bits)] = summary | {"records": records}
         if args.out:
             args.out.write_text(json.dumps(result) + "\n")
+        if args.table:
+            row = {"lines": args.lines, "bits": bits, "problems": args.n, "chain_tokens": result["chain_tokens"]}
+            add_row(args.table, row | summary)
 
 
 if __name__ == "__main__":

@@ -175,8 +175,7 @@ def render(
         left, right = name(line.left), name(line.right)
         prompt.append(f"{target}={left}{line.op}{right};")
         chain.append(
-            f"{target}={left}:{values[line.left]}{line.op}{right}:{values[line.right]}"
-            f"={target}:{values[index]};"
+            f"{target}={left}:{values[line.left]}{line.op}{right}:{values[line.right]}={target}:{values[index]};"
         )
     question, wanted = name(len(program)), name(asked)
     prompt.append(f"{question}={wanted}?")
