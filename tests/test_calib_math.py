@@ -70,9 +70,7 @@ def test_taylor_is_the_papers_formula(model: CalibrationModel, sample: Sample) -
 
     kept: list[list[torch.Tensor]] = []
 
-    def keep(
-        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def keep(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = k.detach().requires_grad_() if layer == 0 else k, v.detach().requires_grad_() if layer == 0 else v
         k.retain_grad()
         v.retain_grad()
@@ -134,9 +132,7 @@ def test_layers_stream(model: CalibrationModel, sample: Sample) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
 
-    def watch(
-        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def watch(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal most
         alive.append(weakref.ref(k))
         most = max(most, sum(ref() is not None for ref in alive))
@@ -195,9 +191,7 @@ def test_alpha_error_is_that_of_the_reference_attention(model: CalibrationModel,
     reparam.observe_alphas(model, sample, key_max, pairs, GROUP, {"error": error})
     seen: dict[int, tuple[torch.Tensor, ...]] = {}
 
-    def observer(
-        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def observer(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         seen[layer] = tuple(t[0].transpose(0, 1) for t in (q, k, v))  # [T, heads, D]
         return k, v
 
@@ -266,9 +260,7 @@ def test_stretched_keys_are_those_of_a_long_text(scaling: dict[str, Any], tmp_pa
     long[at] = short.tokens
     keys: list[torch.Tensor] = []
 
-    def observer(
-        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def observer(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys.append(k[0])
         return k, v
 

@@ -132,9 +132,7 @@ def test_another_target_reuses_partial_results(
 
 def test_transform_none_and_16_bit_layers(small: tuple[Path, Path], tmp_path: Path) -> None:
     model, data = small
-    got = calibrate(
-        settings(model, data, transform="none", widths=(2, 16), target="9"), tmp_path / "a", quiet=True
-    )
+    got = calibrate(settings(model, data, transform="none", widths=(2, 16), target="9"), tmp_path / "a", quiet=True)
     assert "key_scale" not in got.tensors
     assert {bits for pair in got.finals for bits in pair} == {2, 16}
     groups = groups_from_finals(list(got.finals))
