@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sglang_pmkvq.formats import SIDES
+from sglang_pmkvq.formats import K, V
 from sglang_pmkvq.kernels.cpu import partials, stock
 from sglang_pmkvq.kernels.launch import Backend, uses_triton
 from sglang_pmkvq.kernels.plan import (
@@ -91,12 +91,18 @@ class MixedKVPlan:
         is_stock = (lists.all16 if use_stock else np.zeros(lists.kv_lens.size, dtype=bool)) & (lengths > 0)
         stock_requests = []
         if is_stock.any():
-            superblocks = [upload(storage, lists.superblocks(storage, side)) for side in SIDES]
-            counts = lists.owned.sum(axis=1)
+            k_blocks = v_blocks = upload(storage, lists.superblocks(storage, K))
+            if not storage.group.shared:
+                v_blocks = upload(storage, lists.superblocks(storage, V))
+            counts = (-(-lists.kv_lens // storage.shape.page_size)).tolist()
             for i in np.flatnonzero(is_stock).tolist():
-                k, v = (blocks[i, : counts[i]] for blocks in superblocks)
+                k = k_blocks[i, : counts[i]]
+                v = k if v_blocks is k_blocks else v_blocks[i, : counts[i]]
                 start, n, kv_len = int(starts[i]), int(lengths[i]), int(lists.kv_lens[i])
                 stock_requests.append(stock.StockRequest(start, start + n, kv_len - n, kv_len, (k, v)))
+            if is_stock.all():
+                nothing = upload(storage, starts[:0])
+                return cls(storage, int(lengths.sum()), stock_requests, nothing, (), nothing, [])
         single = np.flatnonzero(~is_stock & (lengths == 1))
         extends = []
         for i in np.flatnonzero(~is_stock & (lengths > 1)).tolist():

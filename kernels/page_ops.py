@@ -17,6 +17,9 @@ from sglang_pmkvq.kernels.cpu.copies import copy_blocks
 from sglang_pmkvq.kernels.launch import Backend, uses_triton
 from sglang_pmkvq.kernels.storage import GroupStorage
 
+# From a page-table entry to the superblock of a 16-bit page.
+_SUPERBLOCK_SHIFT = STEP_BITS + UNITS_PER_SUPERBLOCK.bit_length() - 1
+
 
 def resolve_slots(storage: GroupStorage, slots: torch.Tensor) -> torch.Tensor:
     """Rows of 16-bit pages behind token slots: int64 ``[num_arenas, T]`` into ``[superblocks * P]``.
@@ -29,15 +32,20 @@ def resolve_slots(storage: GroupStorage, slots: torch.Tensor) -> torch.Tensor:
             devices nothing is read back, so there the caller must know.
     """
     p = storage.shape.page_size
+    if storage.device.type == "cpu":
+        # numpy: at small batches the cost of calling torch is what a decode step would notice.
+        slot = slots.numpy().astype(np.int64)
+        page = slot // p
+        entry = storage.table.numpy()[:, page].astype(np.int64)
+        # The step sits in the low bits of an entry and UNMAPPED has all bits set.
+        if (entry & STEP_MASK).any():
+            bad = np.unique(page[(entry & STEP_MASK).any(axis=0)]).tolist()
+            raise ValueError(f"rows can only be written to mapped 16-bit pages, got pages {bad[:8]}")
+        return torch.from_numpy((entry >> _SUPERBLOCK_SHIFT) * p + slot % p)
     slots = slots.to(torch.int64)
-    page = torch.div(slots, p, rounding_mode="floor")
-    entry = storage.table[:, page].to(torch.int64)
-    # The step sits in the low bits of an entry and UNMAPPED has all bits set.
-    if entry.device.type == "cpu" and bool((entry & STEP_MASK).any()):
-        bad = page[(entry & STEP_MASK).any(dim=0)].unique().tolist()
-        raise ValueError(f"rows can only be written to mapped 16-bit pages, got pages {bad[:8]}")
-    superblock = entry >> (STEP_BITS + UNITS_PER_SUPERBLOCK.bit_length() - 1)
-    return superblock * p + (slots - page * p)
+    page_t = torch.div(slots, p, rounding_mode="floor")
+    superblock = storage.table[:, page_t].to(torch.int64) >> _SUPERBLOCK_SHIFT
+    return superblock * p + (slots - page_t * p)
 
 
 def store_rows(storage: GroupStorage, layer: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
