@@ -70,11 +70,6 @@ SUITES: dict[str, tuple[Row, ...]] = {
         ours("static 4", None, "4", *STATIC),
         ours("static 2", None, "2", *STATIC),
     ),
-    "discrimination": (
-        ours("whole cache at 8 bits", None, "8", "--pmkvq-policy", "static", "--pmkvq-window", "0"),
-        ours("whole cache at 4 bits", None, "4", "--pmkvq-policy", "static", "--pmkvq-window", "0"),
-        ours("whole cache at 2 bits", None, "2", "--pmkvq-policy", "static", "--pmkvq-window", "0"),
-    ),
 }
 
 

@@ -235,12 +235,6 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         _pressure,
     ),
     (
-        "discrimination",
-        "Does the task notice",
-        "The whole cache at one width, no window: what the pool must avoid.",
-        _pressure,
-    ),
-    (
         "reasoner",
         "The bundled model alone",
         "In plain PyTorch, without a server: greedy decoding over a cache that is rounded as it is written, all of it "
@@ -302,7 +296,7 @@ def page() -> str:
         path = RESULTS / f"{name}.json"
         parts.append(f"## {title}\n\n{text}\n")
         if not path.is_file():
-            parts.append(f"Missing: `benchmarks/results/{name}.json`.\n")
+            parts.append(f"Missing: {name}.json has not been made yet.\n")
             continue
         result = json.loads(path.read_text())
         versions = ", ".join(f"{k} {v}" for k, v in result.get("versions", {}).items())
