@@ -52,7 +52,7 @@ def store_rows(storage: GroupStorage, layer: int, rows: torch.Tensor, k: torch.T
     """Writes K and V ``[T, H, D]`` of layer ``layer`` into the rows that ``resolve_slots`` gave."""
     width = storage.shape.num_kv_heads * storage.shape.head_dim
     for side, x in ((K, k), (V, v)):
-        flat = storage.arenas[side][layer].view(storage.dtype).view(-1, width)
+        flat = storage.token_rows16[side][layer]
         flat.index_copy_(0, rows[storage.arena_of(side)], x.reshape(-1, width).to(storage.dtype))
 
 

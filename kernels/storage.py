@@ -15,6 +15,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -153,6 +154,19 @@ class GroupStorage:
         s = self.shape
         flat = self.arenas[side][layer].view(self.dtype)
         return flat.view(-1, s.page_size, s.num_kv_heads, s.head_dim)
+
+    @cached_property
+    def page_rows16(self) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """Per side and layer, 16-bit pages as rows: model dtype ``[superblocks, P*H*D]``, views made once."""
+        return tuple(
+            tuple(self.pages16(side, layer).flatten(1) for layer in range(self.num_layers)) for side in SIDES
+        )
+
+    @cached_property
+    def token_rows16(self) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """The same by token: model dtype ``[superblocks * P, H*D]``."""
+        width = self.shape.num_kv_heads * self.shape.head_dim
+        return tuple(tuple(rows.view(-1, width) for rows in layers) for layers in self.page_rows16)
 
     def codes(self, side: int, layer: int, tier: int) -> torch.Tensor:
         """Layer ``layer`` of a side as quantized pages: uint8 ``[blocks, H, P, D*tier/8]``, a view.

@@ -37,9 +37,9 @@ class StockRequest:
 
 def gather_tokens(storage: GroupStorage, side: int, layer: int, request: StockRequest) -> torch.Tensor:
     """16-bit rows of a request: model dtype ``[kv_len, H, D]``, contiguous."""
-    pages = storage.pages16(side, layer)
-    rows = pages.flatten(1).index_select(0, request.superblocks[side])
-    return rows.view(-1, *pages.shape[2:])[: request.kv_len]
+    s = storage.shape
+    rows = storage.page_rows16[side][layer].index_select(0, request.superblocks[side])
+    return rows.view(-1, s.num_kv_heads, s.head_dim)[: request.kv_len]
 
 
 def decode(

@@ -108,10 +108,13 @@ class PmkvqAttnBackend(AttentionBackend):
         if forward_batch.out_cache_loc is not None:
             pool.plan_writes(forward_batch.out_cache_loc)
         lens = _host(forward_batch.seq_lens_cpu, forward_batch.seq_lens)
-        rows = self.req_to_token_pool.req_to_token[
-            forward_batch.req_pool_indices, : max(lens, default=1) : self._page_size
-        ]
-        pages = rows.to(torch.int64) // self._page_size
+        rows, columns = self.req_to_token_pool.req_to_token, slice(0, max(lens, default=1), self._page_size)
+        if rows.device.type == "cpu":
+            # numpy: at small batches the cost of calling torch is what a decode step would notice.
+            slots = rows.numpy()[forward_batch.req_pool_indices.numpy(), columns]
+            pages = torch.from_numpy(slots // self._page_size)
+        else:
+            pages = rows[forward_batch.req_pool_indices, columns].to(torch.int64) // self._page_size
         if mode.is_decode():
             for storage, decode in zip(pool.storages, self._decode, strict=True):
                 decode.plan(storage, pages, lens)
