@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.pressure", *(argv or sys.argv[1:])]),
         "versions": versions(),
-        "options": {k: str(v) for k, v in vars(options).items()},
+        "options": {k: str(v).removeprefix(f"{ROOT}/") for k, v in vars(options).items()},
         "rows": [],
     }
     if options.out and options.out.is_file():
