@@ -14,6 +14,7 @@ from benchmarks.kernels_aot import RESULTS, Config, configs, sample
 pytestmark = pytest.mark.slow
 
 TABLE = json.loads(RESULTS.read_text())["kernels"]
+EXACT = ("stack", "spills", "shared", "mma")
 NAME = {"ids": lambda config: config.name}
 
 
@@ -25,7 +26,10 @@ def check(config: Config) -> None:
         assert row["mma"] > 0, "no tensor-core instruction"
         if config.head_dim >= 128:
             assert row["loads16"] > 0, "no 16-byte load"
-    assert row == TABLE.get(config.name, row), "the table is stale: python -m benchmarks.kernels_aot"
+    expected = TABLE.get(config.name, row)
+    # Two compilations of the same source may schedule a few instructions differently; a real change moves more.
+    close = {key: pytest.approx(value, rel=0.03, abs=4) for key, value in expected.items() if key not in EXACT}
+    assert row == expected | close, "the table is stale: python -m benchmarks.kernels_aot"
 
 
 @pytest.mark.parametrize("config", list(sample()), **NAME)
