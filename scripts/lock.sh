@@ -9,8 +9,7 @@ tmp=$(mktemp)
 trap 'rm -f "$tmp"' EXIT
 grep -v '^#' requirements.lock >"$tmp" 2>/dev/null || true
 uv pip compile pyproject.toml --extra test --python-version 3.11 \
-    --no-emit-index-url --no-emit-find-links --no-annotate --no-header \
-    --quiet --output-file "$tmp" "$@" >/dev/null
+    --no-annotate --no-header --quiet --output-file "$tmp" "$@" >/dev/null
 if grep -qE '://|^-' "$tmp"; then
     echo "lock.sh: a line names a host or an option:" >&2
     grep -nE '://|^-' "$tmp" >&2

@@ -181,9 +181,13 @@ def test_lock_satisfies_pyproject_and_is_installed() -> None:
 
 @pytest.mark.parametrize("path", ["requirements.lock", "pyproject.toml", "Makefile", ".ci/run", "README.md"])
 def test_no_registry_and_no_machine_is_named(path: str) -> None:
+    """Addresses are those of this machine's own server and of the paper; options of an index and home folders none."""
     text = (ROOT / path).read_text()
-    for word in ("index-url", "find-links", "pypi.org", "files.pythonhosted", "/root/", "/home/"):
-        assert word not in text, f"{path} names {word}"
+    hosts = set(re.findall(r"\w+://([^/:\s)\"']+)", text))
+    assert hosts <= {"127.0.0.1", "arxiv.org"}, f"{path} names {hosts}"
+    for option in ("--index", "--extra-index", "--find", "-i ", "-f "):
+        assert not re.search(rf"(pip|uv)[^\n]* {option}", text), f"{path} uses {option}"
+    assert not re.search(r"(?<![\w.])/(root|home|work|Users)/", text), f"{path} names a folder of a machine"
 
 
 def test_setup_without_any_python_says_what_is_missing(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from benchmarks.kernels_aot import RESULTS, Config, configs, sample
 pytestmark = pytest.mark.slow
 
 TABLE = json.loads(RESULTS.read_text())["kernels"]
-EXACT = ("stack", "spills", "shared", "mma")
 NAME = {"ids": lambda config: config.name}
 
 
@@ -27,9 +26,9 @@ def check(config: Config) -> None:
         if config.head_dim >= 128:
             assert row["loads16"] > 0, "no 16-byte load"
     expected = TABLE.get(config.name, row)
-    # Two compilations of the same source may schedule a few instructions differently; a real change moves more.
-    close = {key: pytest.approx(value, rel=0.03, abs=4) for key, value in expected.items() if key not in EXACT}
-    assert row == expected | close, "the table is stale: python -m benchmarks.kernels_aot"
+    # ptxas makes machine code of slightly different length out of the same PTX, now and then; all else is exact.
+    length = pytest.approx(expected["instructions"], rel=0.005)
+    assert row == expected | {"instructions": length}, "the table is stale: python -m benchmarks.kernels_aot"
 
 
 @pytest.mark.parametrize("config", list(sample()), **NAME)
