@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from sglang_pmkvq.formats import (
     GROUP_SIZES,
     HEAD_DIMS,
-    PAGE_SIZES,
     TIERS,
     LayerGroup,
     PageShape,
@@ -66,8 +63,7 @@ def _parse_pair(text: str, whole: str) -> tuple[int, int]:
         pair = (int(match[1] or match[3]), int(match[2] or match[3]))
     if pair[0] not in TIERS or pair[1] not in TIERS:
         raise PmkvqConfigError(
-            f"--pmkvq-final-bits {whole}: {text!r} is not a width; expected one of 16, 8, 4, 2, or a pair "
-            "such as k4v2"
+            f"--pmkvq-final-bits {whole}: {text!r} is not a width; expected one of 16, 8, 4, 2, or a pair such as k4v2"
         )
     return pair
 
@@ -105,246 +101,6 @@ def parse_final_bits(text: str, num_layers: int) -> list[tuple[int, int]]:
             f"0-{num_layers - 1}"
         )
     return [pair for pair in finals if pair is not None]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A combination that cannot be served.
-
-    Attributes:
-        flag: what the user typed, as it is spelled.
-        reason: why it is refused.
-        way_out: what to do instead.
-        applies: predicate on the resolved server arguments.
-    """
-
-    flag: str
-    reason: str
-    way_out: str
-    applies: Callable[[Any], bool]
-
-    def sentence(self) -> str:
-        return f"--kv-quant pmkvq cannot run with {self.flag}: {self.reason}; {self.way_out}."
-
-
-def _on(name: str) -> Callable[[Any], bool]:
-    return lambda args: bool(getattr(args, name, False))
-
-
-def _more(name: str, limit: int = 1) -> Callable[[Any], bool]:
-    return lambda args: (getattr(args, name, None) or limit) > limit
-
-
-def _drop(flag: str) -> str:
-    return f"leave {flag} out"
-
-
-_RAW = "it moves raw 16-bit KV buffers, which this pool does not keep"
-
-REFUSALS: tuple[Refusal, ...] = tuple(
-    Refusal(flag, reason, way_out or _drop(flag.split()[0]), applies)
-    for flag, reason, way_out, applies in (
-        ("--enable-hierarchical-cache", _RAW, "", _on("enable_hierarchical_cache")),
-        ("--enable-lmcache", _RAW, "", _on("enable_lmcache")),
-        (
-            "--disaggregation-decode-enable-offload-kvcache",
-            _RAW,
-            "",
-            _on("disaggregation_decode_enable_offload_kvcache"),
-        ),
-        (
-            "--disaggregation-mode",
-            "prefill/decode disaggregation transfers raw KV buffers",
-            "run prefill and decode in one server",
-            lambda a: getattr(a, "disaggregation_mode", "null") not in (None, "null"),
-        ),
-        (
-            "--speculative-algorithm",
-            "a draft model's pool shares the logical ids and rolls pages back",
-            "",
-            lambda a: getattr(a, "speculative_algorithm", None) not in (None, "", "NONE"),
-        ),
-        ("--enable-hisparse", "sparse host pools are not supported", "", _on("enable_hisparse")),
-        (
-            "--enable-unified-memory",
-            "it replaces the pool that this plugin provides",
-            "",
-            _on("enable_unified_memory"),
-        ),
-        (
-            "--enable-page-major-kv-layout",
-            "it replaces the pool that this plugin provides",
-            "",
-            _on("enable_page_major_kv_layout"),
-        ),
-        (
-            "--prefill-only-disable-kv-cache",
-            "there is no KV cache to quantize",
-            "use --kv-quant none",
-            _on("prefill_only_disable_kv_cache"),
-        ),
-        (
-            "--dcp-size",
-            "decode context parallelism splits pages over ranks",
-            "use --dcp-size 1",
-            _more("dcp_size"),
-        ),
-        (
-            "--attn-cp-size",
-            "context parallelism splits pages over ranks",
-            "use --attn-cp-size 1",
-            _more("attn_cp_size"),
-        ),
-        ("--enable-prefill-cp", "context parallelism splits pages over ranks", "", _on("enable_prefill_cp")),
-        (
-            "--enable-prefill-context-parallel",
-            "context parallelism splits pages over ranks",
-            "",
-            _on("enable_prefill_context_parallel"),
-        ),
-        ("--enable-pdmux", "two streams would write one pool", "", _on("enable_pdmux")),
-        (
-            "--enable-two-batch-overlap",
-            "two batches would share one plan",
-            "",
-            _on("enable_two_batch_overlap"),
-        ),
-        (
-            "--enable-single-batch-overlap",
-            "two streams would share one plan",
-            "",
-            _on("enable_single_batch_overlap"),
-        ),
-        ("--dllm-algorithm", "diffusion decoding rewrites pages", "", _on("dllm_algorithm")),
-        (
-            "--prefill-attention-backend",
-            "prefill and decode read the same mixed-precision pages",
-            "",
-            lambda a: getattr(a, "prefill_attention_backend", None) not in (None, "pmkvq"),
-        ),
-        (
-            "--decode-attention-backend",
-            "prefill and decode read the same mixed-precision pages",
-            "",
-            lambda a: getattr(a, "decode_attention_backend", None) not in (None, "pmkvq"),
-        ),
-        (
-            "--kv-cache-dtype other than auto or bf16",
-            "pages are born in the model's own 16-bit dtype",
-            "use --kv-cache-dtype auto and choose widths by --pmkvq-final-bits",
-            lambda a: getattr(a, "kv_cache_dtype", "auto") not in ("auto", "bf16", "bfloat16"),
-        ),
-        ("--pp-size", "the byte budgets of pipeline stages differ", "use --pp-size 1", _more("pp_size")),
-        (
-            "--enable-dp-attention",
-            "idle and padded batches need pools per rank",
-            "use plain --dp-size",
-            _on("enable_dp_attention"),
-        ),
-        (
-            "--enable-streaming-session",
-            "its slots hold KV outside the radix tree",
-            "use --enable-session-radix-cache or plain prefix caching",
-            _on("enable_streaming_session"),
-        ),
-        (
-            "--enable-memory-saver",
-            "the pool cannot be paused and resumed yet",
-            "",
-            _on("enable_memory_saver"),
-        ),
-        (
-            "--enable-deterministic-inference",
-            "precision depends on how full the pool is",
-            "",
-            _on("enable_deterministic_inference"),
-        ),
-        (
-            "--rl-on-policy-target",
-            "precision depends on how full the pool is",
-            "",
-            _on("rl_on_policy_target"),
-        ),
-        ("--enable-torch-compile", "the plan cannot be traced yet", "", _on("enable_torch_compile")),
-        (
-            "--kv-canary",
-            "it reads raw 16-bit KV buffers",
-            "",
-            lambda a: getattr(a, "kv_canary", None) not in (None, "none", "off", False),
-        ),
-        (
-            "--strip-thinking-cache",
-            "it frees pages that a running request still lists",
-            "",
-            _on("strip_thinking_cache"),
-        ),
-        ("--encoder-only", "there is no KV cache to quantize", "use --kv-quant none", _on("encoder_only")),
-        (
-            "--is-embedding",
-            "there is no decode to save memory for",
-            "use --kv-quant none",
-            _on("is_embedding"),
-        ),
-        ("--enable-mis", "it needs the flashinfer backend", "", _on("enable_mis")),
-        (
-            "--enable-dynamic-chunking",
-            "the 16-bit reserve needs a fixed chunk",
-            "",
-            _on("enable_dynamic_chunking"),
-        ),
-        (
-            "--elastic-ep-backend",
-            "ranks would not see the same allocator events",
-            "",
-            _on("elastic_ep_backend"),
-        ),
-        (
-            "--chunked-prefill-size 0 or below",
-            "one prefill would need an unbounded number of 16-bit pages",
-            "give a positive --chunked-prefill-size",
-            lambda a: getattr(a, "chunked_prefill_size", None) is not None and a.chunked_prefill_size <= 0,
-        ),
-        (
-            "--page-size other than 16, 32 or 64",
-            "pages are the unit of precision and their layouts are fixed",
-            "use --page-size 16, 32 or 64",
-            lambda a: getattr(a, "page_size", None) is not None and a.page_size not in PAGE_SIZES,
-        ),
-        (
-            "--attention-backend other than pmkvq",
-            "only this plugin's backend can read its pages",
-            "leave --attention-backend out",
-            lambda a: getattr(a, "attention_backend", None) not in (None, "pmkvq"),
-        ),
-        (
-            "SGLANG_USE_HND_KVCACHE=1",
-            "16-bit pages are stored token-major (NHD)",
-            "unset it",
-            lambda a: _env_on("SGLANG_USE_HND_KVCACHE"),
-        ),
-        (
-            "SGLANG_ENABLE_UNIFIED_RADIX_TREE=1",
-            "this plugin is tested with the default radix tree only",
-            "unset it",
-            lambda a: _env_on("SGLANG_ENABLE_UNIFIED_RADIX_TREE"),
-        ),
-    )
-)
-
-
-def _env_on(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")
-
-
-def check_refusals(args: Any) -> None:
-    """Raise for the first refused combination in ``args``.
-
-    Raises:
-        PmkvqConfigError: one sentence that names the flag, the reason and the way out.
-    """
-    for refusal in REFUSALS:
-        if refusal.applies(args):
-            raise PmkvqConfigError(refusal.sentence())
 
 
 def check_flags(args: Any) -> None:

@@ -150,7 +150,7 @@ def serve_demo(
     if not gpu:
         environment.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     command = server_command(folder, host, port, pool, gpu, extra or [])
-    print("pmkvq: " + ("GPU found: Triton path" if gpu else "no GPU found: CPU path"))
+    print("pmkvq: " + ("GPU found: Triton kernels, CUDA graphs off" if gpu else "no GPU found: CPU path"))
     print("pmkvq: starting", shlex.join(command), flush=True)
     return _supervise(command, environment, f"http://{host}:{port}", requests)
 

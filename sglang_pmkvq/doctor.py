@@ -211,7 +211,7 @@ def _check_sglang_version() -> tuple[bool, str]:
 
 
 def _check_environment() -> tuple[bool, str]:
-    from sglang_pmkvq.config import REFUSALS
+    from sglang_pmkvq.refusals import REFUSALS
 
     # Without server arguments only what the environment alone triggers is left.
     active = [refusal.sentence() for refusal in REFUSALS if refusal.applies(SimpleNamespace())]
@@ -226,6 +226,6 @@ def _targets() -> list[TargetCheck]:
 
 
 def _refusals() -> list[dict[str, str]]:
-    from sglang_pmkvq.config import REFUSALS
+    from sglang_pmkvq.refusals import REFUSALS
 
     return [{"flag": r.flag, "reason": r.reason, "way_out": r.way_out} for r in REFUSALS]

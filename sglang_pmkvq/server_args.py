@@ -14,8 +14,9 @@ from sglang.srt.arg_groups.arg_utils import A, Arg
 from sglang.srt.server_args import ServerArgs
 
 from sglang_pmkvq.calibration import check_model, load_for
-from sglang_pmkvq.config import PmkvqConfigError, check_flags, check_refusals
+from sglang_pmkvq.config import PmkvqConfigError, check_flags
 from sglang_pmkvq.formats import PAGE_SIZES
+from sglang_pmkvq.refusals import check_refusals
 
 BACKEND = "pmkvq"
 DEFAULT_PAGE_SIZE = PAGE_SIZES[0]

@@ -12,10 +12,8 @@ from sglang_pmkvq.config import (
     HARD_RESERVE_SHARE,
     MIN_CHUNK_TOKENS,
     MIN_RUNNING_REQUESTS,
-    REFUSALS,
     PmkvqConfigError,
     Protection,
-    check_refusals,
     choose_geometry,
     choose_limits,
     limits_for,
@@ -24,6 +22,7 @@ from sglang_pmkvq.config import (
     parse_size,
 )
 from sglang_pmkvq.formats import groups_from_finals, hard_reserve_bytes, page_bytes, steps_of
+from sglang_pmkvq.refusals import REFUSALS, check_refusals
 
 SOFT = Protection(window=128, sink_tokens=1, hard=False)
 

@@ -28,6 +28,7 @@ RANK = {
     "ledger": 2,
     "kernels": 2,
     "calib": 3,  # and of the kernels only the reference: see CALIB_MAY
+    "refusals": 3,
     "report": 3,
     "pool": 3,
     "attention": 4,
@@ -40,7 +41,7 @@ RANK = {
 }
 PLUGIN_SIDE = {"runtime", "calibration", "sizing", "install", "server_args", "patches", "plugin"}
 TOOLS = {"cli", "demo", "doctor", "report"}
-NO_TORCH = {"", "formats", "commands", "timeline", "config", "ledger", "report", "cli"}
+NO_TORCH = {"", "formats", "commands", "timeline", "config", "refusals", "ledger", "report", "cli"}
 CALIB_MAY = {"formats", "artifact", "calib"}
 SGLANG_ALLOWED = {"pool", "attention", "allocator", "metrics", "plugin"}
 

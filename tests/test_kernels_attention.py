@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_pmkvq.formats import LayerGroup, PageShape
-from sglang_pmkvq.kernels import attention as wrappers
-from sglang_pmkvq.kernels import page_ops
+from sglang_pmkvq.kernels import host_attention, page_ops
 from sglang_pmkvq.kernels import plan as plan_module
 from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
 from sglang_pmkvq.kernels.cpu import partials
@@ -132,7 +131,7 @@ def test_long_sequences_cross_items_and_tiles(monkeypatch):
     page_shape, heads = case(0)
     monkeypatch.setattr(plan_module, "MAX_ITEM_TOKENS", 64)
     monkeypatch.setattr(plan_module, "TILE_ELEMENTS", 3 * 64 * 128)
-    monkeypatch.setattr(wrappers, "SCORE_ELEMENTS", 5 * 2 * 64)
+    monkeypatch.setattr(host_attention, "SCORE_ELEMENTS", 5 * 2 * 64)
     lens = [700, 33, 250, 1]
     inputs = make_inputs(5, page_shape, LayerGroup((0,), 4, 2), lens, query_heads=heads)
     check_decode(inputs)

@@ -14,8 +14,9 @@ import pytest
 from sglang.srt.server_args import ServerArgs
 
 from benchmarks.serving import REASONER, ROOT, ServerFailed, serve
-from sglang_pmkvq.config import REFUSALS, PmkvqConfigError
+from sglang_pmkvq.config import PmkvqConfigError
 from sglang_pmkvq.patches import base, v0_5_15
+from sglang_pmkvq.refusals import REFUSALS
 from sglang_pmkvq.server_args import PmkvqServerArgs
 
 # Constructing stops before the model is looked at, so this path is never opened.

@@ -1,0 +1,187 @@
+"""Plan and run of attention in torch, on the CPU; ``attention.py`` decides who runs and documents the arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sglang_pmkvq.formats import K, V
+from sglang_pmkvq.kernels.cpu import partials, stock
+from sglang_pmkvq.kernels.plan import PageLists, Tile, build_tiles, upload
+from sglang_pmkvq.kernels.storage import GroupStorage
+
+# fp32 scores of one query tile in extend (8 MiB): bounds the workspace however long a chunk is.
+SCORE_ELEMENTS = 1 << 21
+
+
+@dataclass(frozen=True)
+class ExtendRequest:
+    """A request of several queries with shrunk pages: rows ``start..end`` of q, its own tiles."""
+
+    start: int
+    end: int
+    prefix_len: int
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """Where the queries of one forward find their KV in one layer group.
+
+    Attributes:
+        storage: the group's tensors.
+        num_queries: rows of q.
+        stock_requests: requests served by stock's own call.
+        batched_rows: int64 ``[B]``, rows of q of the single-query requests served together.
+        tiles: their pages by step; ``Tile.request`` indexes ``batched_rows``.
+        item_request: int64 ``[I]``, ``Tile.request`` of all tiles in a row.
+        extends: multi-query requests, one at a time.
+    """
+
+    storage: GroupStorage
+    num_queries: int
+    stock_requests: list[stock.StockRequest]
+    batched_rows: torch.Tensor
+    tiles: tuple[Tile, ...]
+    item_request: torch.Tensor
+    extends: list[ExtendRequest]
+
+    @classmethod
+    def build(
+        cls,
+        storage: GroupStorage,
+        lists: PageLists,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        use_stock: bool,
+    ) -> HostPlan:
+        """Plan for requests with rows ``starts[i] : starts[i] + lengths[i]`` of q, int64 ``[R]`` each."""
+        is_stock = (lists.all16 if use_stock else np.zeros(lists.kv_lens.size, dtype=bool)) & (lengths > 0)
+        stock_requests = []
+        if is_stock.any():
+            k_blocks = v_blocks = upload(storage, lists.superblocks(storage, K))
+            if not storage.group.shared:
+                v_blocks = upload(storage, lists.superblocks(storage, V))
+            counts = (-(-lists.kv_lens // storage.shape.page_size)).tolist()
+            for i in np.flatnonzero(is_stock).tolist():
+                k = k_blocks[i, : counts[i]]
+                v = k if v_blocks is k_blocks else v_blocks[i, : counts[i]]
+                start, n, kv_len = int(starts[i]), int(lengths[i]), int(lists.kv_lens[i])
+                stock_requests.append(stock.StockRequest(start, start + n, kv_len - n, kv_len, (k, v)))
+            if is_stock.all():
+                nothing = upload(storage, starts[:0])
+                return cls(storage, int(lengths.sum()), stock_requests, nothing, (), nothing, [])
+        single = np.flatnonzero(~is_stock & (lengths == 1))
+        extends = []
+        for i in np.flatnonzero(~is_stock & (lengths > 1)).tolist():
+            start, n = int(starts[i]), int(lengths[i])
+            tiles = build_tiles(storage, lists.select(np.array([i])), one_item_tiles=True)
+            extends.append(ExtendRequest(start, start + n, int(lists.kv_lens[i]) - n, tiles))
+        tiles = build_tiles(storage, lists.select(single))
+        return cls(
+            storage=storage,
+            num_queries=int(lengths.sum()),
+            stock_requests=stock_requests,
+            batched_rows=upload(storage, starts[single]),
+            tiles=tiles,
+            item_request=torch.cat([t.request for t in tiles]) if tiles else upload(storage, single[:0]),
+            extends=extends,
+        )
+
+
+def _scaled_by_key(storage: GroupStorage, layer: int, q: torch.Tensor) -> torch.Tensor:
+    """q ``[..., H, M, D]`` times the key scale of layer ``layer``."""
+    if storage.key_scale is None:
+        return q
+    return q * storage.key_scale[layer].unsqueeze(1)
+
+
+def run_batched(
+    plan: HostPlan,
+    q: torch.Tensor,
+    layer: int,
+    scale: float,
+    logit_cap: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Single-query requests: tiles of items of all of them, then one merge."""
+    requests = plan.batched_rows.numel()
+    if not requests:
+        return
+    storage = plan.storage
+    h, d = storage.shape.num_kv_heads, storage.shape.head_dim
+    rows = plan.batched_rows
+    own = q.index_select(0, rows).to(torch.float32).mul_(scale).view(requests, h, -1, d)
+    own_scaled = _scaled_by_key(storage, layer, own)
+    parts: list[partials.Partial] = []
+    for tile in plan.tiles:
+        tile_q = own.index_select(0, tile.request).flatten(0, 1)
+        tile_scaled = tile_q
+        if own_scaled is not own:
+            tile_scaled = own_scaled.index_select(0, tile.request).flatten(0, 1)
+        parts.append(partials.attend_tile(storage, layer, tile, tile_q, tile_scaled, logit_cap))
+    if not parts:
+        out.index_fill_(0, rows, 0.0)
+        return
+    heads = q.shape[1]
+    items = partials.Partial(
+        torch.cat([x.peak for x in parts]).view(-1, heads),
+        torch.cat([x.total for x in parts]).view(-1, heads),
+        torch.cat([x.out for x in parts]).view(-1, heads, d),
+    )
+    merged = partials.merge_items(items, plan.item_request, requests)
+    result, result_lse = partials.finish(merged)
+    out.index_copy_(0, rows, result.to(out.dtype))
+    if lse is not None:
+        lse.index_copy_(0, rows, result_lse)
+
+
+def run_extend(
+    storage: GroupStorage,
+    request: ExtendRequest,
+    q: torch.Tensor,
+    layer: int,
+    scale: float,
+    logit_cap: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """One multi-query request: query tiles against KV tiles in turn, merged as they come."""
+    h, d = storage.shape.num_kv_heads, storage.shape.head_dim
+    own = q[request.start : request.end].to(torch.float32) * scale
+    own = own.view(own.shape[0], h, -1, d).permute(1, 2, 0, 3)  # [H, M, Lq, D]
+    own_scaled = _scaled_by_key_heads_first(storage, layer, own)
+    m, total = own.shape[1], own.shape[2]
+    longest = max(t.pages_per_item for t in request.tiles) * storage.shape.page_size
+    step = max(1, SCORE_ELEMENTS // (h * m * longest))
+    for start in range(0, total, step):
+        end = min(start + step, total)
+        n = end - start
+        tile_q = own[:, :, start:end].reshape(h, m * n, d)
+        tile_scaled = tile_q if own_scaled is own else own_scaled[:, :, start:end].reshape(h, m * n, d)
+        first = request.prefix_len + start
+        position = torch.arange(first, first + n, dtype=torch.int32, device=q.device).repeat(m).unsqueeze(1)
+        merged: partials.Partial | None = None
+        for tile in request.tiles:
+            if tile.first >= first + n:
+                continue  # all of it is in the future of this query tile
+            seen = tile.last <= first and tile.absent is None
+            mask = None if seen else position
+            part = partials.attend_tile(storage, layer, tile, tile_q, tile_scaled, logit_cap, mask)
+            merged = part if merged is None else partials.merge_two(merged, part)
+        assert merged is not None, "a query sees at least itself"
+        result, result_lse = partials.finish(merged)
+        rows = slice(request.start + start, request.start + end)
+        out[rows] = result.view(h, m, n, d).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
+        if lse is not None:
+            lse[rows] = result_lse.view(h, m, n).permute(2, 0, 1).flatten(1, 2)
+
+
+def _scaled_by_key_heads_first(storage: GroupStorage, layer: int, q: torch.Tensor) -> torch.Tensor:
+    """q ``[H, M, Lq, D]`` times the key scale of layer ``layer``."""
+    if storage.key_scale is None:
+        return q
+    return q * storage.key_scale[layer][:, None, None, :]
