@@ -109,10 +109,12 @@ def _stream_output(original: Callable[..., Any], self: Any, reqs: Any, *args: An
     from sglang_pmkvq.metrics import has_request_bits
 
     told = [req for req in reqs if has_request_bits(req)]
+    if not told:
+        return original(self, reqs, *args, **kwargs)
     others = [req for req in reqs if not has_request_bits(req)]
-    if told and others:
+    if others:
         original(self, others, *args, **kwargs)
-    return original(self, told or others, *args, **kwargs)
+    return original(self, told, *args, **kwargs)
 
 
 def _cache_unfinished(original: Callable[..., Any], self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:

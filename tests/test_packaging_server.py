@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 
 from benchmarks.reasoner import task
+from benchmarks.serving import free_port
 from sglang_pmkvq.demo import kv_bytes_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,9 +102,7 @@ def get(url: str, body: dict[str, Any] | None = None, timeout: float = 300) -> b
 @contextmanager
 def serving(environment: Path, cwd: Path) -> Iterator[str]:
     """``sglang serve`` of ``environment``, run in ``cwd``; gives the base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(environment / "bin" / "sglang"), "serve", "--model-path", str(MODEL), "--port", str(port)]
     command += ["--kv-quant", "pmkvq", "--pmkvq-pool-bytes", str(4096 * kv_bytes_per_token(MODEL))]
     command += ["--enable-metrics"]
