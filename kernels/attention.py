@@ -168,8 +168,26 @@ class MixedKVDecodeWrapper(_Wrapper):
             self.plan_source(storage, PageSource(req_pages), _device_lengths(storage, kv_lens), max_pages)
             return
         lens = host_lengths(kv_lens)
+        if self._grow(storage, req_pages, lens):
+            return
         lists = read_page_lists(storage, req_pages, lens)
         self._set_plan(storage, lists, np.arange(lens.size), np.ones(lens.size, dtype=np.int64))
+
+    def _grow(self, storage: GroupStorage, req_pages: torch.Tensor, lens: np.ndarray) -> bool:
+        """Makes the last plan that of the next step, where stock's call serves all and only lengths changed.
+
+        With nothing shrunk these are P - 1 of P steps, and at small batches planning is what they would notice.
+        """
+        if self._plan is None or self._inputs is None or not self._plan.all_stock:
+            return False
+        planned, lists, starts, lengths = self._inputs
+        grown = lists.grown(storage, req_pages, lens) if planned is storage else None
+        if grown is None:
+            return False
+        self._inputs = (storage, grown, starts, lengths)
+        self._batched_plan = None
+        self._plan = self._plan.grown()
+        return True
 
     def plan_source(
         self, storage: GroupStorage, source: PageSource, kv_lens: torch.Tensor, max_pages: int | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -89,6 +89,20 @@ class HostPlan:
             item_request=torch.cat([t.request for t in tiles]) if tiles else upload(storage, single[:0]),
             extends=extends,
         )
+
+    @property
+    def all_stock(self) -> bool:
+        """Stock's own call serves every request."""
+        return not self.batched_rows.numel() and not self.extends
+
+    def grown(self) -> HostPlan:
+        """The plan one decode step later, of requests that all got one token more in a page they had."""
+        assert self.all_stock
+        grown = [
+            stock.StockRequest(r.start, r.end, r.prefix_len + 1, r.kv_len + 1, r.superblocks)
+            for r in self.stock_requests
+        ]
+        return replace(self, stock_requests=grown)
 
 
 def _scaled_by_key(storage: GroupStorage, layer: int, q: torch.Tensor) -> torch.Tensor:

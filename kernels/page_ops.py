@@ -34,14 +34,13 @@ def resolve_slots(storage: GroupStorage, slots: torch.Tensor) -> torch.Tensor:
     p = storage.shape.page_size
     if storage.device.type == "cpu":
         # numpy: at small batches the cost of calling torch is what a decode step would notice.
-        slot = slots.numpy().astype(np.int64)
-        page = slot // p
+        page, offset = np.divmod(slots.numpy(), p)
         entry = storage.table.numpy()[:, page].astype(np.int64)
         # The step sits in the low bits of an entry and UNMAPPED has all bits set.
         if (entry & STEP_MASK).any():
             bad = np.unique(page[(entry & STEP_MASK).any(axis=0)]).tolist()
             raise ValueError(f"rows can only be written to mapped 16-bit pages, got pages {bad[:8]}")
-        return torch.from_numpy((entry >> _SUPERBLOCK_SHIFT) * p + slot % p)
+        return torch.from_numpy((entry >> _SUPERBLOCK_SHIFT) * p + offset)
     slots = slots.to(torch.int64)
     page_t = torch.div(slots, p, rounding_mode="floor")
     superblock = storage.table[:, page_t].to(torch.int64) >> _SUPERBLOCK_SHIFT

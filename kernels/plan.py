@@ -10,7 +10,7 @@ request are merged by log-sum-exp.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -70,6 +70,7 @@ class PageLists:
         unit: int64 ``[num_arenas, R, n]``, 0 beyond a request's own.
         owned: bool ``[R, n]``, True for a request's own pages.
         kv_lens: int64 ``[R]``.
+        entry: int32 ``[num_arenas, R, n]``, the table's entries of ``pages``.
     """
 
     pages: np.ndarray
@@ -77,6 +78,7 @@ class PageLists:
     unit: np.ndarray
     owned: np.ndarray
     kv_lens: np.ndarray
+    entry: np.ndarray
 
     @property
     def all16(self) -> np.ndarray:
@@ -95,7 +97,25 @@ class PageLists:
             self.unit[:, requests],
             self.owned[requests],
             self.kv_lens[requests],
+            self.entry[:, requests],
         )
+
+    def grown(self, storage: GroupStorage, req_pages: torch.Tensor, kv_lens: np.ndarray) -> PageLists | None:
+        """The lists one decode step later, if nothing but the lengths has changed; else None.
+
+        So it is when every request has one token more, in a page that it had already, and neither the request rows
+        nor the table's entries of their pages are others than before. On the CPU only.
+        """
+        if storage.device.type != "cpu" or kv_lens.size != self.kv_lens.size or not kv_lens.size:
+            return None
+        if (kv_lens - self.kv_lens != 1).any() or not (self.kv_lens % storage.shape.page_size).all():
+            return None
+        n = self.pages.shape[1]
+        if req_pages.shape[1] < n or (req_pages.numpy()[:, :n] != self.pages).any(where=self.owned):
+            return None
+        if (storage.table.numpy()[:, self.pages] != self.entry).any():
+            return None
+        return replace(self, kv_lens=kv_lens)
 
 
 def host_lengths(lens: torch.Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
@@ -127,16 +147,17 @@ def read_page_lists(storage: GroupStorage, req_pages: torch.Tensor, kv_lens: np.
     if pages.size and (pages.min() < 0 or pages.max() > storage.num_pages):
         raise ValueError(f"logical pages must be in [0, {storage.num_pages}], got {pages.min()}..{pages.max()}")
     if storage.device.type == "cpu":
-        entry = storage.table.numpy()[:, pages].astype(np.int64)
+        raw = storage.table.numpy()[:, pages]
     else:
         wanted = torch.from_numpy(pages).to(storage.device)
-        entry = storage.table[:, wanted].cpu().numpy().astype(np.int64)
+        raw = storage.table[:, wanted].cpu().numpy()
+    entry = raw.astype(np.int64)
     if (entry < 0).any(where=owned):
         bad = np.unique(pages[(entry < 0).any(axis=0) & owned]).tolist()
         raise ValueError(f"attention needs mapped pages, got unmapped pages {bad[:8]}")
     step = np.where(owned, entry[0] & STEP_MASK, 0)
     assert all((np.where(owned, e & STEP_MASK, 0) == step).all() for e in entry[1:]), "arenas disagree on a step"
-    return PageLists(pages, step, np.where(owned, entry >> STEP_BITS, 0), owned, kv_lens)
+    return PageLists(pages, step, np.where(owned, entry >> STEP_BITS, 0), owned, kv_lens, raw)
 
 
 def build_tiles(storage: GroupStorage, lists: PageLists, one_item_tiles: bool = False) -> tuple[Tile, ...]:

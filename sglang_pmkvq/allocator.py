@@ -146,14 +146,14 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
     ) -> torch.Tensor | None:
         """One slot per request, int64 [batch]; None if logical pages are lacking."""
         reqs = self._batch_reqs("alloc_decode")
-        slots = np.fromiter((req.req_pool_idx for req in reqs), np.int64, len(reqs))
+        slots = np.array([req.req_pool_idx for req in reqs], np.int64)
         after = seq_lens_cpu.numpy()
         new = self.ledger.append(slots, after)
         if new is None:
             return None
         out = last_loc.to(torch.int64) + 1
-        starts = np.flatnonzero((after - 1) % self.page_size == 0)
-        if len(starts):
+        if len(new):
+            starts = np.flatnonzero((after - 1) % self.page_size == 0)
             index = torch.from_numpy(starts).to(self.device, non_blocking=True)
             out[index] = torch.from_numpy(new * self.page_size).to(self.device, non_blocking=True)
         return out

@@ -117,3 +117,56 @@ def test_a_shrunk_neighbour_does_not_change_them(backend, extend):
         else:
             want = backend._run_sdpa_forward_decode(*arguments, lengths, scaling=0.09, enable_gqa=True)
         assert torch.equal(out[r : r + 1], want)
+
+
+def steps_planned_anew(wrapper: MixedKVDecodeWrapper, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows with each plan made from the page table, not from the step before."""
+    made: list[int] = []
+    original = wrapper._set_plan
+    monkeypatch.setattr(wrapper, "_set_plan", lambda *args: (made.append(1), original(*args))[1])
+    return made
+
+
+def same_as_a_new_wrapper(wrapper: MixedKVDecodeWrapper, inputs: Inputs, lens: list[int]) -> None:
+    fresh = MixedKVDecodeWrapper()
+    for w in (wrapper, fresh):
+        w.plan(inputs.storage, inputs.req_pages, lens)
+    q = inputs.q.to(torch.bfloat16)
+    for layer in range(2):
+        for got, want in zip(*(w.run(q, layer, 0.09, return_lse=True) for w in (wrapper, fresh)), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            wrapper.run(q, layer, 0.09), fresh.run(q, layer, 0.09), rtol=0, atol=0, equal_nan=True
+        )
+
+
+def test_a_decode_step_builds_on_the_one_before_until_a_page_starts(monkeypatch):
+    inputs = requests((16, 2, 64, 2), torch.bfloat16, [60, 45], steps=0)
+    wrapper = MixedKVDecodeWrapper()
+    made = steps_planned_anew(wrapper, monkeypatch)
+    for step in range(40):
+        same_as_a_new_wrapper(wrapper, inputs, [20 + step, 5 + step])
+    # The first, and the starts of pages: tokens 33 and 49 of the first request, 17 and 33 of the second.
+    assert len(made) == 1 + 4
+
+
+@pytest.mark.parametrize("change", ["another_page", "another_block", "shrunk", "two_tokens", "other_pool"])
+def test_a_decode_step_does_not_build_on_what_has_changed(change, monkeypatch):
+    inputs = requests((16, 2, 64, 2), torch.bfloat16, [60, 45], steps=0)
+    wrapper = MixedKVDecodeWrapper()
+    same_as_a_new_wrapper(wrapper, inputs, [20, 5])
+    made = steps_planned_anew(wrapper, monkeypatch)
+    lens, table = [21, 6], inputs.storage.table
+    first, last = inputs.pages(0)[0], inputs.pages(0)[2]
+    if change == "another_page":
+        inputs.req_pages[0, 0] = last
+    elif change == "another_block":
+        table[:, [first, last]] = table[:, [last, first]]
+    elif change == "shrunk":
+        table[:, first] |= 1
+    elif change == "two_tokens":
+        lens = [22, 6]
+    else:
+        inputs = requests((16, 2, 64, 2), torch.bfloat16, [60, 45], steps=0)
+    same_as_a_new_wrapper(wrapper, inputs, lens)
+    assert len(made) == 1

@@ -175,7 +175,6 @@ class Ledger:
         seq_lens = np.asarray(seq_lens, np.int64)
         size = self.page_size
         over = seq_lens - requests.listed[slots] * size
-        fresh = over == 1
         if len(slots) and (over.max() > 1 or over.min() <= -size):
             bad = ((over > 1) | (over <= -size)).nonzero()[0][0]
             raise ValueError(
@@ -183,17 +182,19 @@ class Ledger:
                 f"in {requests.listed[slots[bad]]} pages"
             )
         self._next_tick(slots.tolist() if self._extended else ())
-        rows = fresh.nonzero()[0]
+        rows = (over == 1).nonzero()[0]
         if len(rows) > self.free_page_count:
             return None
         growing = slots[rows]
-        # The page before is full, and was written by an earlier forward.
-        requests.turn(growing)
+        if len(rows):
+            # The page before is full, and was written by an earlier forward.
+            requests.turn(growing)
         requests.slide(slots, seq_lens)
         requests.tokens[slots] = seq_lens
         requests.tick[slots] = self.tick
-        born = self._born(len(growing), 1)
-        requests.grow_by_one(growing, born)
+        born = self._born(len(rows), 1)
+        if born:
+            requests.grow_by_one(growing, born)
         self.meter.sample(self.book.mapped_pages)
         return np.array(born, np.int64)
 
