@@ -253,7 +253,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in SUITES[options.suite]:
         if row.name in done or (options.only and options.only not in row.name):
             continue
-        result["rows"].append(run_row(row, options.model, problems, ids, options.concurrency, options.chunk))
+        row_result = run_row(row, options.model, problems, ids, options.concurrency, options.chunk)
+        # Rows may be added later, by another version than the first ones.
+        result["rows"].append({**row_result, "commit": versions()["commit"]})
         print(table(result["rows"][-1:]).splitlines()[-1], flush=True)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
