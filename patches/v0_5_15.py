@@ -59,6 +59,13 @@ def _init_pools(original: Callable[..., Any], self: Any) -> Any:
     return result
 
 
+def _verify_backend(result: Any, self: Any) -> None:
+    if runtime.current() is not None:
+        from sglang_pmkvq.install import verify_backend
+
+        verify_backend(self)
+
+
 def _eager_runner_init(original: Callable[..., Any], self: Any, model_runner: Any) -> Any:
     current = runtime.current()
     if current is None:
@@ -195,6 +202,13 @@ def targets() -> tuple[Target, ...]:
             "logical capacity comes from the byte budget of mixed-precision pages",
         ),
         Target(f"{mixin}._init_pools", "around", _init_pools, ("self",), "builds our pool and allocator"),
+        Target(
+            "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends",
+            "after",
+            _verify_backend,
+            ("self",),
+            "a server whose attention cannot read the pages must not start",
+        ),
         Target(
             "sglang.srt.model_executor.runner.eager_runner.EagerRunner.__init__",
             "around",

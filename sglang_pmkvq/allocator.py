@@ -217,7 +217,8 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
         before = self.ledger.free_page_count
         self._tree.evict(EvictParams(num_tokens=pages * self.page_size))
         evicted = self.ledger.free_page_count - before
-        self._report("evict", pages=evicted)
+        if evicted:
+            self._report("evict", pages=evicted)
         return evicted
 
     def _report(self, event: str, **fields: object) -> None:

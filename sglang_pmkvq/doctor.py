@@ -226,6 +226,13 @@ def _targets() -> list[TargetCheck]:
 
 
 def _refusals() -> list[dict[str, str]]:
-    from sglang_pmkvq.refusals import REFUSALS
+    from sglang_pmkvq.refusals import LAYER_REFUSALS, MODEL_REFUSALS, REFUSALS
 
-    return [{"flag": r.flag, "reason": r.reason, "way_out": r.way_out} for r in REFUSALS]
+    models = {r.what: r.reason for r in (*MODEL_REFUSALS, *LAYER_REFUSALS)}
+    return [
+        *({"flag": r.flag, "reason": r.reason, "way_out": r.way_out} for r in REFUSALS),
+        *(
+            {"flag": f"a model with {what}", "reason": reason, "way_out": "use --kv-quant none"}
+            for what, reason in models.items()
+        ),
+    ]

@@ -64,3 +64,18 @@ def verify_pools(runner: ModelRunner) -> None:
     commands = current.allocator.ledger.drain()
     current.pool.execute(commands)
     logger.info(current.pool.log_line())
+
+
+def verify_backend(runner: ModelRunner) -> None:
+    """Raise unless attention runs in our backend.
+
+    Raises:
+        RuntimeError: SGLang built another one, which could not read the pages.
+    """
+    from sglang_pmkvq.attention.backend import PmkvqAttnBackend
+
+    if not isinstance(runner.attn_backend, PmkvqAttnBackend):
+        raise RuntimeError(
+            f"--kv-quant pmkvq: SGLang built {type(runner.attn_backend).__name__} instead of this plugin's attention "
+            "backend"
+        )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from sglang_pmkvq.patches import base, v0_5_15
 
@@ -95,6 +97,8 @@ def ensure_cpu_engine() -> None:
     arguments = " ".join(sys.argv)
     if "--kv-quant pmkvq" not in arguments and "--kv-quant=pmkvq" not in arguments:
         return
+    if not _is_server_command(sys.argv, sys.orig_argv):
+        return
     if os.environ.get("SGLANG_USE_CPU_ENGINE") is not None:
         return
     import multiprocessing
@@ -106,3 +110,14 @@ def ensure_cpu_engine() -> None:
     environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1"}
     print("pmkvq: no GPU found, starting again with SGLANG_USE_CPU_ENGINE=1", file=sys.stderr, flush=True)
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _is_server_command(argv: Sequence[str], orig_argv: Sequence[str]) -> bool:
+    """``sglang serve`` or ``python -m sglang.launch_server``: there a restart repeats nothing."""
+    program = Path(argv[0])
+    if program.stem == "sglang":
+        return argv[1:2] == ["serve"]
+    if (program.parent.name, program.name) == ("sglang", "launch_server.py"):
+        return True
+    # While Python still looks the module up, argv[0] is "-m".
+    return argv[0] == "-m" and "sglang.launch_server" in orig_argv

@@ -43,6 +43,17 @@ def _drop(flag: str) -> str:
     return f"leave {flag} out"
 
 
+def _prefill_graphs(args: Any) -> bool:
+    """Prefill graphs asked for by a flag that wins over our turning them off; before or after SGLang resolved it."""
+    backends = [getattr(args, "cuda_graph_backend_prefill", None)]
+    config = getattr(args, "cuda_graph_config", None)
+    if isinstance(config, dict):
+        backends.append((config.get("prefill") or {}).get("backend"))
+    elif config is not None:
+        backends.append(config.prefill.backend)
+    return any(backend not in (None, "disabled") for backend in backends)
+
+
 _RAW = "it moves raw 16-bit KV buffers, which this pool does not keep"
 
 REFUSALS: tuple[Refusal, ...] = tuple(
@@ -221,6 +232,18 @@ REFUSALS: tuple[Refusal, ...] = tuple(
             lambda a: getattr(a, "attention_backend", None) not in (None, "pmkvq"),
         ),
         (
+            "--radix-cache-backend",
+            "another tree may replace pages of running requests where this plugin cannot see it",
+            "",
+            lambda a: getattr(a, "radix_cache_backend", None) is not None,
+        ),
+        (
+            "--cuda-graph-backend-prefill or --cuda-graph-config with prefill graphs",
+            "a prefill graph would run a plan made for another batch",
+            "leave prefill graphs off",
+            _prefill_graphs,
+        ),
+        (
             "SGLANG_USE_HND_KVCACHE=1",
             "16-bit pages are stored token-major (NHD)",
             "unset it",
@@ -232,8 +255,113 @@ REFUSALS: tuple[Refusal, ...] = tuple(
             "unset it",
             lambda a: _env_on("SGLANG_ENABLE_UNIFIED_RADIX_TREE"),
         ),
+        (
+            "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE=1",
+            "it replaces pages of running requests where this plugin cannot see it",
+            "unset it",
+            lambda a: _env_on("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE"),
+        ),
     )
 )
+
+
+@dataclass(frozen=True)
+class ModelRefusal:
+    """A property of a model, or of one of its attention layers, that cannot be served.
+
+    Attributes:
+        what: the property.
+        reason: why it is refused.
+        applies: predicate on SGLang's ``ModelRunner``, or on its ``RadixAttention`` for a layer.
+    """
+
+    what: str
+    reason: str
+    applies: Callable[[Any], bool]
+
+    def sentence(self, architectures: object) -> str:
+        return f"--kv-quant pmkvq cannot serve {architectures}: {self.what}: {self.reason}; use --kv-quant none."
+
+
+def _window(runner: Any) -> bool:
+    """The model uses a sliding window."""
+    hf = runner.model_config.hf_text_config
+    return bool(getattr(hf, "sliding_window", None) and getattr(hf, "use_sliding_window", True))
+
+
+def _sparse(runner: Any) -> bool:
+    architectures = runner.model_config.hf_config.architectures or ()
+    return any("Sparse" in name for name in architectures)
+
+
+# Looked at before any memory is taken.
+MODEL_REFUSALS: tuple[ModelRefusal, ...] = (
+    ModelRefusal("multi-head latent attention", "there are no K and V pages", lambda r: bool(r.use_mla_backend)),
+    ModelRefusal("sliding-window layers beside full ones", "they need two pools", lambda r: bool(r.is_hybrid_swa)),
+    ModelRefusal("state-space layers", "they need a second pool", lambda r: r.mambaish_config is not None),
+    ModelRefusal("encoder and decoder", "cross attention is not paged", lambda r: r.model_config.is_encoder_decoder),
+    ModelRefusal(
+        "keys and values of different head_dim",
+        "a page has one layout for both",
+        lambda r: r.model_config.head_dim != r.model_config.v_head_dim,
+    ),
+    ModelRefusal("a draft model", "its pool shares the logical ids", lambda r: bool(r.is_draft_worker)),
+    ModelRefusal("a sliding window", "the kernels read all pages of a request", _window),
+    ModelRefusal(
+        "attention sinks", "the kernels know no learned sinks", lambda r: bool(r.model_config.has_attention_sinks)
+    ),
+    ModelRefusal("sparse attention", "its indexer keeps a pool of its own", _sparse),
+    ModelRefusal(
+        "another attention backend",
+        "SGLang chose one for this model after the arguments were checked",
+        lambda r: r.server_args.attention_backend != "pmkvq",
+    ),
+    ModelRefusal(
+        "no prefill chunks",
+        "SGLang turned them off for this model, and one prefill would need an unbounded number of 16-bit pages",
+        lambda r: (r.server_args.chunked_prefill_size or 0) <= 0,
+    ),
+)
+
+# Looked at once the model is there.
+LAYER_REFUSALS: tuple[ModelRefusal, ...] = (
+    ModelRefusal("cross attention", "its KV is not in the pool", lambda a: bool(a.is_cross_attention)),
+    ModelRefusal(
+        "attention that is not causal", "the kernels mask causally", lambda a: a.attn_type.value != "decoder"
+    ),
+    ModelRefusal(
+        "a layer with a sliding window",
+        "the kernels read all pages of a request",
+        lambda a: a.sliding_window_size is not None and a.sliding_window_size > -1,
+    ),
+    ModelRefusal(
+        "a layer with keys and values of different head_dim",
+        "a page has one layout for both",
+        lambda a: a.qk_head_dim != a.v_head_dim,
+    ),
+    ModelRefusal("chunked local attention", "the kernels read all pages of a request", lambda a: bool(a.use_irope)),
+    ModelRefusal(
+        "a softmax temperature that depends on the length",
+        "the kernels have one scale",
+        lambda a: a.xai_temperature_len > 0,
+    ),
+    ModelRefusal(
+        "a logit cap that is not a tanh",
+        "the kernels know cap * tanh(score / cap)",
+        lambda a: a.logit_cap > 0 and a.logit_capping_method != "tanh",
+    ),
+)
+
+
+def check_model_facts(subject: Any, refusals: tuple[ModelRefusal, ...], architectures: object) -> None:
+    """Raise for the first of ``refusals`` that applies to ``subject``.
+
+    Raises:
+        PmkvqConfigError: one sentence that names the model, the property and the way out.
+    """
+    for refusal in refusals:
+        if refusal.applies(subject):
+            raise PmkvqConfigError(refusal.sentence(architectures))
 
 
 def _env_on(name: str) -> bool:

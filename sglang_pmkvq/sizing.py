@@ -23,6 +23,7 @@ from sglang_pmkvq.config import (
 from sglang_pmkvq.formats import groups_from_finals
 from sglang_pmkvq.ledger import PolicyConfig
 from sglang_pmkvq.pool import PoolSetup
+from sglang_pmkvq.refusals import MODEL_REFUSALS, check_model_facts
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -118,7 +119,7 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
             limits=limits,
             budget_bytes=budget,
             stock_tokens=budget // self._cell_size // args.page_size * args.page_size,
-            timeline=args.pmkvq_timeline,
+            timeline=_timeline_of(self._runner),
             key_scales=self._key_scales,
             calibration=self._calibration,
         )
@@ -132,24 +133,7 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
 def _check_model(runner: ModelRunner) -> None:
     """Refuse model facts that the pool or the kernels cannot serve, before any memory is taken."""
     config = runner.model_config
-    facts = (
-        (runner.use_mla_backend, "multi-head latent attention has no K and V pages"),
-        (runner.is_hybrid_swa, "hybrid sliding-window models need two pools"),
-        (runner.mambaish_config is not None, "hybrid state-space models need a second pool"),
-        (config.is_encoder_decoder, "encoder-decoder models are not supported"),
-        (config.head_dim != config.v_head_dim, "keys and values of different head_dim are not supported"),
-        (runner.is_draft_worker, "draft models are not supported"),
-        (
-            _window(config) is not None,
-            "sliding-window attention is not supported by the mixed-precision kernels",
-        ),
-        (bool(getattr(config.hf_config, "attention_sink", False)), "attention sinks are not supported"),
-    )
-    for wrong, reason in facts:
-        if wrong:
-            raise PmkvqConfigError(
-                f"--kv-quant pmkvq cannot serve {config.hf_config.architectures}: {reason}; use --kv-quant none"
-            )
+    check_model_facts(runner, MODEL_REFUSALS, config.hf_config.architectures)
     if runner.kv_cache_dtype not in (torch.bfloat16, torch.float16):
         raise PmkvqConfigError(
             f"--kv-quant pmkvq keeps pages in the model's 16-bit dtype, but the KV cache dtype resolved to "
@@ -162,12 +146,15 @@ def _check_model(runner: ModelRunner) -> None:
         )
 
 
-def _window(config: object) -> int | None:
-    """The model's sliding window in tokens if it uses one."""
-    hf = config.hf_text_config  # type: ignore[attr-defined]
-    window = getattr(hf, "sliding_window", None)
-    used = getattr(hf, "use_sliding_window", True)
-    return window if window and used else None
+def _timeline_of(runner: ModelRunner) -> str | None:
+    """The file that this process writes: each replica its own, of the ranks of one replica only the first.
+
+    Ranks of tensor parallelism decide alike, and two processes that write one file would garble it.
+    """
+    path = runner.server_args.pmkvq_timeline
+    if path is None or runner.tp_rank != 0:
+        return None
+    return path if runner.server_args.dp_size == 1 else f"{path}.dp{runner.dp_rank}"
 
 
 def eager_buffer_tokens(setup: PoolSetup) -> int:

@@ -95,6 +95,7 @@ def test_doctor_finds_this_environment_usable() -> None:
     assert all(target["problem"] is None and target["why"] for target in found["targets"])
     flags = [refusal["flag"] for refusal in found["refusals"]]
     assert "--speculative-algorithm" in flags
+    assert "a model with attention sinks" in flags
     assert all(refusal["reason"] and refusal["way_out"] for refusal in found["refusals"])
 
 

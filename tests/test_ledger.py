@@ -304,6 +304,7 @@ def test_an_evict_that_frees_nothing_is_asked_once_and_never_harms() -> None:
     decode_to(book, 1, 28 * P)
     assert book.request_bits(1)[0] == 2
     assert 0 < len(calls) <= 24
+    assert book.stats().evict_requests == 0
     book.check_integrity()
 
 

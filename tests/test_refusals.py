@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
 
 from benchmarks.serving import REASONER, ROOT, ServerFailed, serve
+from sglang_pmkvq import runtime
+from sglang_pmkvq.attention.backend import PmkvqAttnBackend
 from sglang_pmkvq.config import PmkvqConfigError
+from sglang_pmkvq.install import verify_backend, verify_pools
 from sglang_pmkvq.patches import base, v0_5_15
-from sglang_pmkvq.refusals import REFUSALS
+from sglang_pmkvq.pool import MixedPrecisionTokenPool
+from sglang_pmkvq.refusals import LAYER_REFUSALS, MODEL_REFUSALS, REFUSALS, check_model_facts
 from sglang_pmkvq.server_args import PmkvqServerArgs
+from sglang_pmkvq.sizing import _check_model, _timeline_of
+from tests.support.models import make_model
 
 # Constructing stops before the model is looked at, so this path is never opened.
 NO_MODEL = "/nonexistent/model"
@@ -61,10 +72,13 @@ REFUSED: dict[str, dict[str, Any]] = {
     "--chunked-prefill-size 0 or below": {"chunked_prefill_size": -1},
     "--page-size other than 16, 32 or 64": {"page_size": 1},
     "--attention-backend other than pmkvq": {"attention_backend": "triton"},
+    "--radix-cache-backend": {"radix_cache_backend": "mine"},
+    "--cuda-graph-backend-prefill or --cuda-graph-config with prefill graphs": {"cuda_graph_backend_prefill": "full"},
 }
 REFUSED_ENVIRONMENT = {
     "SGLANG_USE_HND_KVCACHE=1": ("SGLANG_USE_HND_KVCACHE", "1"),
     "SGLANG_ENABLE_UNIFIED_RADIX_TREE=1": ("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "true"),
+    "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE=1": ("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "1"),
 }
 
 
@@ -79,6 +93,25 @@ def test_refused_flag(flag: str) -> None:
     (refusal,) = [r for r in REFUSALS if r.flag == flag]
     assert str(error.value) == refusal.sentence()
     assert flag in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"prefill": {"backend": "breakable"}},
+        CudaGraphConfig(prefill=PhaseConfig(backend="breakable")),
+    ],
+    ids=["json", "object"],
+)
+def test_prefill_graphs_in_a_graph_config(config: object) -> None:
+    with pytest.raises(PmkvqConfigError, match="leave prefill graphs off"):
+        PmkvqServerArgs(model_path=NO_MODEL, device="cpu", kv_quant="pmkvq", cuda_graph_config=config)
+
+
+def test_decode_graphs_in_a_graph_config_are_no_prefill_graphs() -> None:
+    config = {"decode": {"max_bs": 4}}
+    args = PmkvqServerArgs(model_path=str(REASONER), device="cpu", kv_quant="pmkvq", cuda_graph_config=config)
+    assert args.cuda_graph_config.prefill.backend == "disabled"
 
 
 @pytest.mark.parametrize("flag", REFUSED_ENVIRONMENT)
@@ -231,6 +264,216 @@ def test_pool_too_small_names_one_that_works(tmp_path: Path) -> None:
         assert server.pool()["mapped_pages"] == 0
         answer = server.generate(text="t1=:7;", sampling_params={"max_new_tokens": 300, "ignore_eos": True})
         assert answer["meta_info"]["completion_tokens"] == 300
+
+
+# -- models --------------------------------------------------------------------------------------------------
+
+
+def runner(**changes: Any) -> SimpleNamespace:
+    """What the checks read of SGLang's ``ModelRunner``, of a model that can be served."""
+    text = SimpleNamespace(sliding_window=None)
+    model = {
+        "hf_config": SimpleNamespace(architectures=["LlamaForCausalLM"]),
+        "hf_text_config": text,
+        "is_encoder_decoder": False,
+        "head_dim": 128,
+        "v_head_dim": 128,
+        "has_attention_sinks": False,
+    }
+    args = {"attention_backend": "pmkvq", "chunked_prefill_size": 2048, "pmkvq_timeline": None, "dp_size": 1}
+    facts: dict[str, Any] = {
+        "use_mla_backend": False,
+        "is_hybrid_swa": False,
+        "mambaish_config": None,
+        "is_draft_worker": False,
+        "kv_cache_dtype": torch.bfloat16,
+        "dtype": torch.bfloat16,
+        "tp_rank": 0,
+        "dp_rank": None,
+    }
+    for name, value in changes.items():
+        owner = next((d for d in (model, args, facts) if name in d), None)
+        assert owner is not None, name
+        owner[name] = value
+    return SimpleNamespace(
+        **facts, model_config=SimpleNamespace(**model), server_args=SimpleNamespace(**args)
+    )
+
+
+REFUSED_MODELS: dict[str, dict[str, Any]] = {
+    "multi-head latent attention": {"use_mla_backend": True},
+    "sliding-window layers beside full ones": {"is_hybrid_swa": True},
+    "state-space layers": {"mambaish_config": object()},
+    "encoder and decoder": {"is_encoder_decoder": True},
+    "keys and values of different head_dim": {"v_head_dim": 64},
+    "a draft model": {"is_draft_worker": True},
+    "a sliding window": {"hf_text_config": SimpleNamespace(sliding_window=4096)},
+    "attention sinks": {"has_attention_sinks": True},
+    "sparse attention": {"hf_config": SimpleNamespace(architectures=["MiniMaxM3SparseForCausalLM"])},
+    "another attention backend": {"attention_backend": "triton"},
+    "no prefill chunks": {"chunked_prefill_size": -1},
+}
+
+
+def test_every_refused_model_is_tried_here() -> None:
+    assert [r.what for r in MODEL_REFUSALS] == list(REFUSED_MODELS)
+    _check_model(runner())  # type: ignore[arg-type]
+    _check_model(runner(hf_text_config=SimpleNamespace(sliding_window=4096, use_sliding_window=False)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", REFUSED_MODELS)
+def test_refused_model(what: str) -> None:
+    with pytest.raises(PmkvqConfigError, match=re.escape(what) + ".*; use --kv-quant none"):
+        _check_model(runner(**REFUSED_MODELS[what]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "way_out"),
+    [
+        ({"kv_cache_dtype": torch.float32, "dtype": torch.float32}, "pass --dtype bfloat16"),
+        ({"kv_cache_dtype": torch.float16}, "use --kv-cache-dtype auto"),
+    ],
+)
+def test_refused_dtypes(dtypes: dict[str, Any], way_out: str) -> None:
+    with pytest.raises(PmkvqConfigError, match=way_out):
+        _check_model(runner(**dtypes))  # type: ignore[arg-type]
+
+
+def layer(**changes: Any) -> RadixAttention:
+    """SGLang's own layer, as a Llama model builds it; attributes changed."""
+    made = RadixAttention(8, 64, 0.125, 2, 0)
+    for name, value in changes.items():
+        assert hasattr(made, name)
+        setattr(made, name, value)
+    return made
+
+
+REFUSED_LAYERS: dict[str, dict[str, Any]] = {
+    "cross attention": {"is_cross_attention": True},
+    "attention that is not causal": {"attn_type": AttentionType.DECODER_BIDIRECTIONAL},
+    "a layer with a sliding window": {"sliding_window_size": 4096},
+    "a layer with keys and values of different head_dim": {"v_head_dim": 128},
+    "chunked local attention": {"use_irope": True},
+    "a softmax temperature that depends on the length": {"xai_temperature_len": 1024},
+    "a logit cap that is not a tanh": {"logit_cap": 30.0, "logit_capping_method": "other"},
+}
+
+
+def test_every_refused_layer_is_tried_here() -> None:
+    assert [r.what for r in LAYER_REFUSALS] == list(REFUSED_LAYERS)
+    check_model_facts(layer(), LAYER_REFUSALS, ["X"])
+    check_model_facts(layer(logit_cap=30.0), LAYER_REFUSALS, ["X"])
+
+
+@pytest.mark.parametrize("what", REFUSED_LAYERS)
+def test_refused_layer(what: str) -> None:
+    """The backend looks at every attention layer of the model when it is built."""
+    model = torch.nn.Sequential(layer(), layer(**REFUSED_LAYERS[what]))
+    pool = MixedPrecisionTokenPool.__new__(MixedPrecisionTokenPool)
+    built = runner()
+    built.model, built.token_to_kv_pool = model, pool
+    with pytest.raises(PmkvqConfigError, match=re.escape(what) + ".*; use --kv-quant none"):
+        PmkvqAttnBackend(built)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("extra", [{"sinks": torch.ones(8)}, {"q_rope": torch.ones(1)}, {}])
+def test_attention_arguments_that_the_kernels_ignore_are_refused(extra: dict[str, Any]) -> None:
+    """Learned sinks, split RoPE parts, KV of another layer (``k`` is None)."""
+    backend = PmkvqAttnBackend.__new__(PmkvqAttnBackend)
+    backend._active_decode = []
+    backend._extend = []
+    q, k = torch.zeros(1, 512), None if not extra else torch.zeros(1, 128)
+    for call in (backend.forward_decode, backend.forward_extend):
+        with pytest.raises(PmkvqConfigError, match="use --kv-quant none"):
+            call(q, k, k, layer(), None, **extra)  # type: ignore[arg-type]
+
+
+def test_a_pool_or_backend_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="needs its own pool"):
+        PmkvqAttnBackend(SimpleNamespace(token_to_kv_pool=object()))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="instead of this plugin's attention backend"):
+        verify_backend(SimpleNamespace(attn_backend=object()))  # type: ignore[arg-type]
+    monkeypatch.setattr(runtime, "_current", SimpleNamespace(pool=object(), allocator=object()))
+    with pytest.raises(RuntimeError, match="instead of this plugin's pool and allocator"):
+        verify_pools(SimpleNamespace(token_to_kv_pool=object(), token_to_kv_pool_allocator=object()))  # type: ignore[arg-type]
+
+
+def test_a_hook_that_did_not_apply_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from sglang_pmkvq.plugin import hook_targets
+
+    paths = {target.path for target in hook_targets()}
+    lost = sorted(paths)[0]
+    pool, allocator = object(), object()
+    monkeypatch.setattr(runtime, "_current", SimpleNamespace(pool=pool, allocator=allocator))
+    monkeypatch.setattr(HookRegistry, "_patched", paths - {lost})
+    with pytest.raises(RuntimeError, match=f"hooks did not apply: {re.escape(lost)}"):
+        verify_pools(SimpleNamespace(token_to_kv_pool=pool, token_to_kv_pool_allocator=allocator))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "path"),
+    [
+        ({}, "t.jsonl"),
+        ({"tp_rank": 1}, None),
+        ({"dp_size": 2, "dp_rank": 1}, "t.jsonl.dp1"),
+        ({"dp_size": 2, "dp_rank": 1, "tp_rank": 1}, None),
+    ],
+)
+def test_each_replica_writes_a_timeline_of_its_own(ranks: dict[str, Any], path: str | None) -> None:
+    assert _timeline_of(runner(pmkvq_timeline="t.jsonl", **ranks)) == path  # type: ignore[arg-type]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("model", "flags", "reason"),
+    [
+        ({"architecture": "mistral"}, (), "a sliding window"),
+        pytest.param({"head_dim": 80}, (), "head_dim", marks=pytest.mark.full),
+        pytest.param({}, ("--dtype", "float32"), "pass --dtype bfloat16", marks=pytest.mark.full),
+    ],
+    ids=["sliding window", "head_dim 80", "float32"],
+)
+def test_models_that_end_the_start(
+    model: dict[str, Any], flags: tuple[str, ...], reason: str, tmp_path: Path
+) -> None:
+    made = make_model(tmp_path / "model", **model)
+    if model.get("architecture") == "mistral":
+        config = json.loads((made / "config.json").read_text())
+        (made / "config.json").write_text(json.dumps({**config, "sliding_window": 64}))
+    with pytest.raises(ServerFailed, match=reason):
+        with serve(made, ["--skip-tokenizer-init", *flags]):
+            pass
+
+
+# -- restart with SGLANG_USE_CPU_ENGINE ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "orig", "server"),
+    [
+        (["/x/sglang/launch_server.py", "--kv-quant", "pmkvq"], ["python", "-m", "sglang.launch_server"], True),
+        (["-m", "--kv-quant", "pmkvq"], ["python", "-m", "sglang.launch_server"], True),
+        (["/x/bin/sglang", "serve", "--kv-quant", "pmkvq"], ["python", "/x/bin/sglang", "serve"], True),
+        (["/x/bin/sglang", "generate", "--kv-quant", "pmkvq"], ["python", "/x/bin/sglang"], False),
+        (["bench.py", "--kv-quant", "pmkvq"], ["python", "bench.py"], False),
+        (["/x/mine/launch_server.py", "--kv-quant", "pmkvq"], ["python", "/x/mine/launch_server.py"], False),
+    ],
+)
+def test_only_server_commands_are_started_again(
+    argv: list[str], orig: list[str], server: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_pmkvq import plugin
+
+    restarted: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", orig)
+    monkeypatch.setattr(os, "execve", lambda path, args, env: restarted.append(args))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
+    plugin.ensure_cpu_engine()
+    assert bool(restarted) == server
 
 
 # -- hook fingerprints ---------------------------------------------------------------------------------------

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.layers.radix_attention import RadixAttention
 
 from sglang_pmkvq.config import PmkvqConfigError
 from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
 from sglang_pmkvq.kernels.launch import uses_triton
 from sglang_pmkvq.pool import MixedPrecisionTokenPool
+from sglang_pmkvq.refusals import LAYER_REFUSALS, check_model_facts
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
@@ -36,6 +36,10 @@ class PmkvqAttnBackend(AttentionBackend):
             raise RuntimeError(
                 f"attention backend pmkvq needs its own pool, SGLang built {type(pool).__name__}"
             )
+        architectures = runner.model_config.hf_config.architectures
+        for layer in runner.model.modules():
+            if isinstance(layer, RadixAttention):
+                check_model_facts(layer, LAYER_REFUSALS, architectures)
         self.token_to_kv_pool = pool
         self.req_to_token_pool = runner.req_to_token_pool
         self.device = runner.device
@@ -65,6 +69,7 @@ class PmkvqAttnBackend(AttentionBackend):
         At replay ``forward_batch`` is SGLang's padded view; padded rows are one token of page 0.
         """
         assert self._graph_decode is not None, "init_cuda_graph_state comes first"
+        assert forward_batch.forward_mode.is_decode(), "only decode graphs have a plan that can be replayed"
         self._active_decode = self._graph_decode
         self._plan_decode(forward_batch)
 
@@ -134,7 +139,7 @@ class PmkvqAttnBackend(AttentionBackend):
         **kwargs: object,
     ) -> torch.Tensor:
         """q: [B, Hq·D]; k, v: [B, H·D] or [B, H, D]. Returns [B, Hq·D]."""
-        return self._forward(self._active_decode, q, k, v, layer, forward_batch, save_kv_cache)
+        return self._forward(self._active_decode, q, k, v, layer, forward_batch, save_kv_cache, kwargs)
 
     def forward_extend(
         self,
@@ -147,7 +152,7 @@ class PmkvqAttnBackend(AttentionBackend):
         **kwargs: object,
     ) -> torch.Tensor:
         """q: [ΣLq, Hq·D]; the chunk's K and V are stored first, then prefix and chunk are read."""
-        return self._forward(self._extend, q, k, v, layer, forward_batch, save_kv_cache)
+        return self._forward(self._extend, q, k, v, layer, forward_batch, save_kv_cache, kwargs)
 
     @torch.compiler.disable
     def _forward(
@@ -159,8 +164,9 @@ class PmkvqAttnBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool,
+        extra: dict[str, object],
     ) -> torch.Tensor:
-        _check_layer(layer, k)
+        _check_call(layer, k, extra)
         pool = self.token_to_kv_pool
         if save_kv_cache:
             pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
@@ -178,19 +184,14 @@ class PmkvqAttnBackend(AttentionBackend):
         return self.device != "cpu"
 
 
-def _check_layer(layer: RadixAttention, k: torch.Tensor | None) -> None:
-    """Refuse layers that the kernels cannot serve; the first one is seen at start-up, in SGLang's warm-up."""
-    window = layer.sliding_window_size
-    if (
-        k is None
-        or layer.is_cross_attention
-        or layer.attn_type == AttentionType.ENCODER_ONLY
-        or (window is not None and window > -1)
-        or layer.qk_head_dim != layer.v_head_dim
-    ):
+def _check_call(layer: RadixAttention, k: torch.Tensor | None, extra: dict[str, object]) -> None:
+    """Refuse what only a call shows: layers that read another layer's KV, and arguments that the kernels ignore."""
+    unknown = [name for name, value in extra.items() if value is not None]
+    if k is None or unknown:
+        what = f"the attention arguments {', '.join(unknown)}" if unknown else "KV shared between layers"
         raise PmkvqConfigError(
-            f"--kv-quant pmkvq cannot serve layer {layer.layer_id}: shared KV, cross attention, sliding windows and "
-            "unequal K and V head dims are not supported; use --kv-quant none"
+            f"--kv-quant pmkvq cannot serve layer {layer.layer_id}: {what}: the kernels know neither; "
+            "use --kv-quant none."
         )
 
 

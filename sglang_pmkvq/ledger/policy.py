@@ -175,11 +175,11 @@ class Shrinker:
         class_pages = self._book.class_pages
         while class_pages[CACHED]:
             cached = class_pages[CACHED]
-            self.evict_requests += 1
             self.evict(min(EVICT_CHUNK, cached, group.pages_short(need)))
             freed = cached - class_pages[CACHED]
             if freed <= 0:
                 return False
+            self.evict_requests += 1
             self.evicted_pages += freed
             if not group.short(need):
                 return True

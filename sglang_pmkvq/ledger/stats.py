@@ -36,7 +36,7 @@ class LedgerStats:
             once for each side (K, V) whose tier changes.
         shrunk_bytes: block bytes that those shrinks freed, same keys.
         moves, moved_bytes: blocks moved to make room in one piece, and their bytes.
-        evict_requests, evicted_pages: calls for early eviction and pages they freed.
+        evict_requests, evicted_pages: early evictions that freed pages, and the pages they freed.
         effective_bits: 8 · (block + side bytes) / elements of the mapped pages; 16 if there are none.
         effective_bits_avg: the same over all ticks so far, weighted by mapped pages.
         effective_bits_peak: highest of all ticks so far.
