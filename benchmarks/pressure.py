@@ -49,6 +49,7 @@ def ours(name: str, share: float | None, final: str, *args: str) -> Row:
 
 # SGLang holds requests back while it expects them not to fit; at a tenth of its caution it must retract instead.
 BOLD = ("--schedule-conservativeness", "0.1")
+WHOLE = ("--pmkvq-window", "0", "--pmkvq-sink-tokens", "0")
 STATIC = ("--pmkvq-policy", "static", "--pmkvq-protect", "hard")
 
 SUITES: dict[str, tuple[Row, ...]] = {
@@ -73,6 +74,10 @@ SUITES: dict[str, tuple[Row, ...]] = {
         ours("static 8", None, "8", *STATIC),
         ours("static 4", None, "4", *STATIC),
         ours("static 2", None, "2", *STATIC),
+        Row("16 bits (stock)", None, False),
+        ours("static 8, whole cache", None, "8", *STATIC, *WHOLE),
+        ours("static 4, whole cache", None, "4", *STATIC, *WHOLE),
+        ours("static 2, whole cache", None, "2", *STATIC, *WHOLE),
     ),
 }
 

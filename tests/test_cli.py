@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -80,6 +81,14 @@ def test_report_of_a_wrong_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 # --- doctor ---
+
+
+@pytest.mark.slow
+def test_flags_are_in_the_servers_help() -> None:
+    command = [sys.executable, "-m", "sglang.launch_server", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for flag in ("--kv-quant", "--pmkvq-final-bits", "--pmkvq-pool-bytes", "--pmkvq-calibration", "--pmkvq-timeline"):
+        assert re.search(rf"^  {flag} ", shown, re.MULTILINE), flag
 
 
 @pytest.mark.slow

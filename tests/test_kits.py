@@ -100,6 +100,14 @@ def on_retracting(request: pytest.FixtureRequest, retracting: Server, model: Pat
 
 
 @pytest.fixture(scope="class")
+def on_retracting_alone(request: pytest.FixtureRequest, retracting: Server, model: Path) -> Iterator[None]:
+    """For kits that send one request at a time, which SGLang never retracts."""
+    bind(request.cls, retracting, model)
+    with clean(retracting):
+        yield
+
+
+@pytest.fixture(scope="class")
 def on_reasoner(request: pytest.FixtureRequest, reasoner: Server) -> Iterator[None]:
     bind(request.cls, reasoner, REASONER)
     with clean(reasoner):
@@ -184,13 +192,15 @@ class SeededKL(KitCase, KLDivergenceMixin):
         kl_test_utils._cached_input_ids[key] = [list(ids) for ids in cls.prompts]
 
 
+def seed_prompts(cls: type[SeededKL]) -> None:
+    rng = random.Random(5)
+    cls.prompts = [[rng.randrange(258, kit_model.VOCAB) for _ in range(rng.randrange(700, 1100))] for _ in range(10)]
+    cls.seed()
+
+
 @pytest.fixture(scope="class")
 def low_bits(request: pytest.FixtureRequest, on_small_pool: None, small_pool: Server) -> Iterator[None]:
-    rng = random.Random(5)
-    request.cls.prompts = [
-        [rng.randrange(258, kit_model.VOCAB) for _ in range(rng.randrange(700, 1100))] for _ in range(10)
-    ]
-    request.cls.seed()
+    seed_prompts(request.cls)
     before = shrinks(small_pool)
     yield
     assert shrinks(small_pool) > before
@@ -236,6 +246,45 @@ class TestPauseWhileRetracting(KitCase, PauseResumeInPlaceMixin):
     pause_num_requests = 16
     pause_max_new_tokens = 64
     pause_duration = 2
+
+
+def test_cache_hit_while_retracting(retracting: Server, model: Path, tmp_path: Path) -> None:
+    run_cache_hit_kit(retracting, model, tmp_path)
+
+
+@pytest.mark.usefixtures("on_retracting_alone")
+class TestAPIContractWhileRetracting(KitCase, BasicAPIContractMixin):
+    pass
+
+
+@pytest.mark.usefixtures("on_retracting")
+class TestSchedulerStressWhileRetracting(KitCase, BasicSchedulerStressMixin):
+    test_streaming_response = None
+    test_concurrent_requests = None
+
+    def test_many_at_once(self) -> None:
+        """A lone request is never retracted."""
+        with ThreadPoolExecutor(4) as pool:
+            runs = [pool.submit(self.test_long_prompt) for _ in range(4)]
+        for run in runs:
+            run.result()
+
+
+@pytest.fixture(scope="class")
+def low_bits_retracting(request: pytest.FixtureRequest, on_retracting: None, retracting: Server) -> Iterator[None]:
+    seed_prompts(request.cls)
+    before = shrinks(retracting)
+    yield
+    assert shrinks(retracting) > before
+
+
+@pytest.mark.usefixtures("low_bits_retracting")
+class TestKLDivergenceWhileRetracting(SeededKL):
+    __test__ = True
+    kl_div_thres = KL_LOW_BITS
+    kl_div_max_samples = 10
+    kl_div_prefill_max_new_tokens = 64
+    kl_div_decode_max_new_tokens = 64
 
 
 # -- bundled model: the content is right ---------------------------------------------------------------------
@@ -411,7 +460,6 @@ def own_server(request: pytest.FixtureRequest, model: Path) -> Iterator[None]:
             assert server.new_log().count('"POST /generate HTTP/1.1" 503') >= request.cls.least_timeouts
 
 
-@pytest.mark.full
 @pytest.mark.usefixtures("own_server")
 class TestWaitingTimeout(KitCase, WaitingTimeoutMixin):
     args = ("--max-running-requests", "1")

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reasoner import task
+from sglang_pmkvq import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -112,6 +113,11 @@ def test_links_of_the_readme_lead_somewhere() -> None:
             assert (ROOT / link).exists(), link
 
 
+def users_environment() -> dict[str, str]:
+    """Nothing set that this test run needed for itself: what CPU mode needs, the commands must see to."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "PYTEST_"))}
+
+
 class Server:
     """A server command in the background, as a user would leave it in another terminal."""
 
@@ -119,7 +125,12 @@ class Server:
         self.log = log
         with open(log, "wb") as out:
             self.process = subprocess.Popen(
-                ["bash", "-c", command.text], cwd=ROOT, stdout=out, stderr=out, start_new_session=True
+                ["bash", "-c", command.text],
+                cwd=ROOT,
+                env=users_environment(),
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
             )
 
     def wait_healthy(self) -> None:
@@ -164,6 +175,8 @@ class Server:
 
 def check_output(command: Command, output: str) -> None:
     """A chat completion must be the right answer to the problem in the command."""
+    if "engine.generate" in command.text:
+        assert output.rstrip().endswith("#:5"), output[-2000:]  # t3 = 2 + 3
     if "/v1/chat/completions" not in command.text:
         return
     prompt = re.search(r'"content":\s*"([^"]*)"', command.text)
@@ -173,6 +186,26 @@ def check_output(command: Command, output: str) -> None:
     assert problem.prompt == prompt[1], "the README's problem is make_problem(EVAL_SEED_START, lines)"
     answer = json.loads(output)["choices"][0]["message"]["content"]
     assert task.check(problem, answer), answer
+
+
+def check_demo(server: Server) -> None:
+    """The printed problems, pasted one after the other: right answers, and pages that shrink where one can see it."""
+    deadline = time.monotonic() + 60
+    while "metrics" not in server.log.read_text(errors="replace").partition("curl ")[2]:
+        assert time.monotonic() < deadline, f"nothing to paste was printed:\n{server.tail()}"
+        time.sleep(0.5)
+    printed = re.findall(r"^\s*(curl .*/v1/chat/completions .*)$", server.log.read_text(), re.MULTILINE)
+    examples = demo.examples(demo.BUNDLED_MODEL)
+    assert len(printed) == len(examples)
+    for line, example in zip(printed, examples, strict=True):
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=600, check=True)
+        answer = json.loads(done.stdout)["choices"][0]["message"]["content"]
+        assert answer.rstrip().endswith(example.answer), answer[-200:]
+    with urllib.request.urlopen(f"{URL}/metrics", timeout=30) as response:
+        metrics = response.read().decode()
+    shrunk = re.findall(r"^sglang:pmkvq_shrinks_total\{.*\} (\S+)$", metrics, re.MULTILINE)
+    assert sum(map(float, shrunk)) > 0
+    assert "#pages 16/8/4/2: " in server.log.read_text()
 
 
 @pytest.mark.server
@@ -190,6 +223,8 @@ def test_commands_run_as_written(tmp_path: Path) -> None:
                     server.stop()
                 server = Server(command, tmp_path / f"server-{command.line}.log")
                 server.wait_healthy()
+                if command.text == "make serve":
+                    check_demo(server)
                 continue
             if command.language == "python":
                 script = tmp_path / f"readme_{command.line}.py"
@@ -197,7 +232,8 @@ def test_commands_run_as_written(tmp_path: Path) -> None:
                 arguments = [str(ROOT / ".venv" / "bin" / "python"), str(script)]
             else:
                 arguments = ["bash", "-o", "pipefail", "-c", command.text]
-            done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900)
+            env = users_environment()
+            done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
             where = f"README.md:{command.line}: {command.text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
             assert done.returncode == 0, where
             check_output(command, done.stdout)

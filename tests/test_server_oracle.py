@@ -1,31 +1,37 @@
-"""Log-probabilities of the server equal those of transformers over a fake-quantized cache."""
+"""Log-probabilities of the server equal those of transformers over a fake-quantized cache, within bf16 noise."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from benchmarks.oracle import CASES, load, run_case
+from benchmarks.oracle import CASES, Case, load, noisy, run_case
 from benchmarks.pressure import problem_set, prompt_ids
 from benchmarks.serving import REASONER
 
 pytestmark = pytest.mark.server
 
+# How far one chain's statistics may exceed those of the control, which is the same replay with activations rounded to
+# bf16: two samples of one noise, whose mean, 99th percentile and maximum differ by chance. 20 chains: docs/results.md.
+CHANCE = 4
+TESTED = ("16 bits", "static 8, window 0", "static 4, window 0", "progressive 4, window 64")
+
 
 @pytest.fixture(scope="module")
-def noise() -> float:
-    """Mean difference of a 16-bit server and the 16-bit oracle: bf16 against fp32."""
-    problems = problem_set(1, 80, 80, first=300)
-    ids, _ = prompt_ids(REASONER, problems)
-    return run_case(REASONER, load(REASONER), CASES[0], ids, 800)["mean_difference"]
+def models() -> tuple[Any, Any]:
+    """The fp32 model, and the same with activations rounded to bf16."""
+    model = load(REASONER)
+    return model, noisy(model)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name in ("static 4, window 0", "progressive 4, window 64")], ids=lambda c: c.name
-)
-def test_low_bit_pages_read_as_the_reference_says(case: object, noise: float) -> None:
-    problems = problem_set(1, 80, 80, first=300)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in TESTED], ids=lambda c: c.name)
+def test_pages_read_as_the_reference_says(case: Case, models: tuple[Any, Any]) -> None:
+    problems = problem_set(1, 60, 60, first=300)
     ids, _ = prompt_ids(REASONER, problems)
-    got = run_case(REASONER, load(REASONER), case, ids, 800)  # type: ignore[arg-type]
-    assert sum(got["shrinks"].values()) > 0
-    assert got["mean_bits_at_end"] < 8
-    assert got["mean_difference"] <= max(3 * noise, 2e-3), (got, noise)
+    got = run_case(REASONER, models[0], case, ids, 600, models[1])
+    if case.name != "16 bits":
+        assert sum(got["shrinks"].values()) > 0
+        assert got["mean_bits_at_end"] < 9
+    for what in ("mean", "p99", "max"):
+        assert got[f"{what}_difference"] <= CHANCE * got[f"control_{what}"], (what, got)
