@@ -147,7 +147,8 @@ def _capacity(result: dict[str, Any]) -> str:
             ],
         )
         + f"\n\nResident memory: {memory['tokens_through']:,} tokens through a pool of "
-        f"{memory['budget'] / mib:.0f} MiB, {100 * memory['used_share_at_end']:.0f} % of its bytes in use at the end. The scheduler's peak is "
+        f"{memory['budget'] / mib:.0f} MiB, {100 * memory['used_share_at_end']:.0f} % of its bytes in use at the end. "
+        "The scheduler's peak is "
         f"{memory['growth'] / mib:.0f} MiB above the same process with an empty pool; what ran at once would take "
         f"{memory['running_set_at_16_bits'] / mib:.0f} MiB at 16 bits."
     )
