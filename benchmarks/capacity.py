@@ -25,7 +25,7 @@ from benchmarks.steady import body, random_prompts
 
 BUDGET = 256 << 20
 RUNNING = 8
-PROMPT, NEW = 992, 32
+PROMPT, NEW = 1008, 16
 # Heads so wide that KV, not weights, is what there is to see: 32 KiB per token at 16 bits.
 SHAPE = {"head_dim": 256, "heads": 8, "kv_heads": 8, "layers": 4}
 TOKEN_BYTES = 2 * 2 * 256 * 8 * 4
