@@ -30,12 +30,16 @@ STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PA
 
 
 def free_port() -> int:
-    """A free local port low enough for the ports that SGLang derives from it (up to 10,000 above)."""
-    for port in random.sample(range(20_000, 45_000), 100):
+    """A free local port, low enough for the ports that SGLang derives from it (up to 10,000 above).
+
+    Below 32,768, where Linux begins to give ports to outgoing connections: the server binds only after it has loaded
+    its model, and until then such a connection could take the port.
+    """
+    for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as s, contextlib.suppress(OSError):
             s.bind(("127.0.0.1", port))
             return port
-    raise RuntimeError("no free port between 20000 and 45000")
+    raise RuntimeError("no free port between 20000 and 32000")
 
 
 class ServerFailed(RuntimeError):
