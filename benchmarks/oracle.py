@@ -268,14 +268,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load(options.model)
     control = None if options.no_control else noisy(model)
     command = " ".join(["python -m benchmarks.oracle", *(argv or sys.argv[1:])])
-    result: dict[str, Any] = {"command": "python -m benchmarks.oracle", "versions": versions(), "cases": []}
+    result: dict[str, Any] = {"command": command, "versions": versions(), "cases": []}
     if options.out and options.out.is_file():
-        result = json.loads(options.out.read_text())
+        result["cases"] = json.loads(options.out.read_text())["cases"]
     longest = max(p.chain_tokens for p in problems) + 16
     for case in CASES:
         if options.only and options.only not in case.name:
             continue
-        row = {**run_case(options.model, model, case, ids, longest, control), "command": command}
+        measured = run_case(options.model, model, case, ids, longest, control)
+        row = {**measured, "command": command, "commit": result["versions"]["commit"]}
         print(json.dumps(row), flush=True)
         order = [c.name for c in CASES]
         result["cases"] = sorted(

@@ -294,7 +294,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "Low-bit pages read as the reference says",
         "Log-probabilities of every output token, server against the transformers model over a cache that "
         "`kernels/reference` fake-quantized by the same schedule. The control is that oracle against itself with "
-        "activations rounded to bf16: what the server's arithmetic alone explains.",
+        "activations rounded to bf16: what the server's arithmetic alone explains. Two samples of one "
+        "noise: the server's mean and 99 % exceed the control's by at most half, its largest by at most 3.2 times.",
         _oracle,
     ),
     (
