@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,6 @@ RESULTS = Path(__file__).parent / "results" / "kernels_aot.json"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FINALS = ((16, 16), (8, 8), (4, 4), (2, 2), (4, 2))
-POINTERS = {
-    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64", torch.float16: "*fp16",
-    torch.bfloat16: "*bf16", torch.float32: "*fp32",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,32 +136,50 @@ def launches(config: Config) -> dict[str, Launch]:
     return dict(zip(names, [*attention, *index, *others], strict=True))
 
 
+@cache
+def binder(kernel: Any, arch: int) -> Callable[..., tuple[Any, list[tuple[str, Any]], Any]]:
+    """Triton's own function that says of arguments what a kernel is compiled anew for."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    if not isinstance(kernel, JITFunction):  # the interpreter's stand-in, which specializes nothing
+        kept = ("do_not_specialize", "do_not_specialize_on_alignment")
+        kernel = JITFunction(kernel.fn, **{name: kernel.kwargs[name] for name in kept})
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", arch, 32)))
+
+
+def specialization(launch: Launch, arch: int = 90) -> tuple[tuple[str, Any], ...]:
+    """(type, specialization) of every parameter: a kernel is compiled once for each of these tuples.
+
+    The second is the value of a constexpr, "D" for a pointer aligned to 16 bytes or an integer that 16 divides, or
+    empty; an integer of 1 is a constexpr too.
+    """
+    return tuple(binder(launch.kernel, arch)(**launch.args)[1])
+
+
 def compile_launch(launch: Launch, arch: int) -> Any:
     """Triton's compiled kernel for an architecture, specialized as a run of the launch would be."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
 
     assert not interpreted(), "TRITON_INTERPRET is set: nothing would be compiled"
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
     signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[object]]] = {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.args[parameter.name]
-        signature[parameter.name] = "constexpr"
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            constants[parameter.name] = value
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for i, (name, (kind, extra)) in enumerate(
+        zip(launch.kernel.arg_names, specialization(launch, arch), strict=True)
+    ):
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[(i,)] = launch.args[name]
+        elif isinstance(extra, str):
+            attributes[(i,)] = backend.parse_attr(extra)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    return triton.compile(source, target=target, options=launch.options)
 
 
 def tool(name: str, *arguments: str) -> str:

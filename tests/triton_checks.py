@@ -60,7 +60,8 @@ def on_device(storage: GroupStorage, device: str) -> GroupStorage:
     scale = None if storage.key_scale is None else storage.key_scale.to(device)
     return dataclasses.replace(
         storage, arenas=arenas, meta=meta, table=storage.table.to(device), key_scale=scale,
-        clipped_groups=storage.clipped_groups.to(device),
+        clipped_groups=storage.clipped_groups.to(device), dropped_rows=storage.dropped_rows.to(device),
+        unmapped_reads=storage.unmapped_reads.to(device),
     )  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def check_decode(inputs: Inputs, logit_cap: float = 0.0, device: str = "cpu") ->
     storage = on_device(inputs.storage, device)
     wrapper.plan(storage, inputs.req_pages.to(device), torch.tensor(inputs.kv_lens, device=device))
     plan = wrapper._device
-    assert plan is not None and plan.buffers is not None and int(plan.buffers.unmapped) == 0
+    assert plan is not None and plan.buffers is not None and int(storage.unmapped_reads) == 0
     q = inputs.q.to(device, dtype)
     for layer in range(inputs.storage.num_layers):
         out, lse = run_guarded(wrapper, q, layer, scale, logit_cap)

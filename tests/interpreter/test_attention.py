@@ -219,7 +219,7 @@ def test_plan_and_run_keep_their_buffers():
         k, v = reference_of(inputs, 0, r)
         expected, _ = reference.attention(inputs.q[r : r + 1].half(), k, v, 0.125)
         assert relative_error(want[r], expected[0]) < 2e-3
-    with pytest.raises(ValueError, match="reserved for 6 requests of 8 pages, got 7 of 6"):
+    with pytest.raises(ValueError, match="reserved for 6 requests of 16 pages, got 7 of 6"):
         wrapper.plan(inputs.storage, pages[[0] * 7, :8], torch.tensor([1] * 7))
 
 

@@ -30,7 +30,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 def snapshot(storage: GroupStorage) -> list[torch.Tensor]:
     """Every tensor of a storage; side arrays as bits, for stale ones hold NaN."""
     meta = [m.view(torch.int16) for m in storage.meta if m is not None]
-    return [t.clone() for t in (*storage.arenas, *meta, storage.table, storage.clipped_groups)]
+    return [t.clone() for t in (*storage.arenas, *meta, storage.table, storage.clipped_groups, storage.unmapped_reads)]
 
 
 def same(a: GroupStorage, b: GroupStorage) -> bool:
@@ -91,6 +91,7 @@ def test_store_converts_and_skips_what_is_not_writable():
     slots = torch.tensor([whole * 16 + 1, shrunk * 16, gone * 16 + 3, far])
     page_ops.store(b.storage, 0, slots, rows, rows, backend="triton")
     assert same(a.storage, b.storage)
+    assert int(a.storage.dropped_rows) == 0 and int(b.storage.dropped_rows) == 3
     with pytest.raises(ValueError, match=r"k must have shape \(1, 1, 64\)"):
         page_ops.store(b.storage, 0, slots[:1], rows[0], rows[:1], backend="triton")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,19 +14,46 @@ from sglang_pmkvq.formats import STEP_BITS, STEP_MASK, UNMAPPED, LayerGroup, Pag
 from sglang_pmkvq.kernels import device_plan
 from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, plan_launches, step_costs, token_tile
 from sglang_pmkvq.kernels.reference.inputs import Inputs, make_inputs
+from sglang_pmkvq.kernels.storage import GroupStorage
 
 SENTINEL = -77
+MARGIN = 16
 
 
 def guarded(buffers: PlanBuffers) -> None:
-    for name in ("pages", "k_units", "v_units", "cols", "tier_indptr", "tier_tokens", "item_request", "item_first"):
-        tensor = getattr(buffers, name)
-        if tensor is not None:
+    for field in dataclasses.fields(buffers):
+        tensor = getattr(buffers, field.name)
+        if isinstance(tensor, torch.Tensor):
             tensor.fill_(SENTINEL)
 
 
+def fence(buffers: PlanBuffers, storage: GroupStorage) -> list[torch.Tensor]:
+    """Moves every buffer and counter of a plan between sentinels; the tensors that hold them."""
+    whole: list[torch.Tensor] = []
+    moved: dict[int, torch.Tensor] = {}  # lists may be shared
+    for owner, names in ((buffers, [f.name for f in dataclasses.fields(buffers)]), (storage, ["unmapped_reads"])):
+        for name in names:
+            old = getattr(owner, name)
+            if not isinstance(old, torch.Tensor):
+                continue
+            if old.data_ptr() not in moved:
+                whole.append(torch.full((old.numel() + 2 * MARGIN,), SENTINEL, dtype=old.dtype))
+                moved[old.data_ptr()] = whole[-1][MARGIN:-MARGIN].view(old.shape).copy_(old)
+            object.__setattr__(owner, name, moved[old.data_ptr()])
+    return whole
+
+
+def check_fence(whole: list[torch.Tensor]) -> None:
+    assert len(whole) >= 10
+    for tensor in whole:
+        assert (tensor[:MARGIN] == SENTINEL).all() and (tensor[-MARGIN:] == SENTINEL).all()
+
+
 def check_plan(inputs: Inputs, lens: list[int], target: int, extra: int = 2, q_len: list[int] | None = None) -> None:
-    """Plans through token slots, as SGLang keeps them, into buffers that are too large."""
+    """Plans through token slots, as SGLang keeps them, into buffers that are too large.
+
+    SGLang may rewrite the slots on another stream at any moment; here it does after the first launch.
+    """
     storage = inputs.storage
     p, steps = storage.shape.page_size, len(storage.group.steps)
     requests, max_pages = len(lens), max(-(-n // p) for n in lens) + extra
@@ -37,10 +66,13 @@ def check_plan(inputs: Inputs, lens: list[int], target: int, extra: int = 2, q_l
     guarded(buffers)
     source = PageSource(slots, torch.from_numpy(order), p, p)
     q = None if q_len is None else torch.tensor(q_len, dtype=torch.int32)
+    guards = fence(buffers, storage)
     for launch in plan_launches(buffers, source, torch.tensor(lens), q):
         launch.run()
+        slots.fill_(inputs.pages(len(lens) - 1)[0] * p)
+    check_fence(guards)
 
-    assert int(buffers.unmapped) == 0
+    assert int(storage.unmapped_reads) == 0
     for r, n in enumerate(lens):
         pages = np.array(inputs.pages(r), dtype=np.int64)
         entries = storage.table[:, torch.from_numpy(pages)].numpy()
@@ -57,7 +89,8 @@ def check_plan(inputs: Inputs, lens: list[int], target: int, extra: int = 2, q_l
             assert units[r, : pages.size].tolist() == (entry[columns] >> STEP_BITS).tolist()
             assert (units[r, pages.size :] == SENTINEL).all()
         assert (buffers.pages[r, pages.size :] == SENTINEL).all()
-    assert (buffers.pages[requests:] == SENTINEL).all() and (buffers.tier_indptr[requests:] == SENTINEL).all()
+    for rest in (buffers.counts, buffers.page_ids, buffers.pages, buffers.tier_indptr, buffers.tier_tokens):
+        assert (rest[requests:] == SENTINEL).all()
     check_schedule(buffers, lens, target, q_len)
 
 
@@ -68,7 +101,9 @@ def check_schedule(buffers: PlanBuffers, lens: list[int], target: int, q_len: li
     indptr = buffers.split_indptr[: requests + 1].tolist()
     active = [q_len is None or q_len[r] == 1 for r in range(requests)]
     assert indptr[0] == 0 and indptr[-1] <= sum(active) + target
-    for rest in (buffers.item_request[indptr[-1] :], buffers.item_first[indptr[-1] :]):
+    assert (buffers.split_indptr[requests + 1 :] == SENTINEL).all()
+    for rest in (buffers.item_request, buffers.item_first, buffers.item_tokens):
+        rest = rest[indptr[-1] :]
         assert (rest == SENTINEL).all()
     align = max(1, token_tile(storage) // p) * p
     for r in range(requests):
@@ -117,13 +152,40 @@ def test_requests_longer_than_a_chunk(monkeypatch):
 @settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**31 - 1),
-    finals=st.sampled_from([(8, 8), (4, 4), (2, 2), (4, 2), (16, 4)]),
+    finals=st.sampled_from([(8, 8), (4, 4), (2, 2), (4, 2), (16, 4), (8, 16)]),
     lens=st.lists(st.integers(1, 300), min_size=1, max_size=6),
     target=st.integers(1, 40),
 )
 def test_any_batch(seed, finals, lens, target):
     inputs = make_inputs(seed, PageShape(16, 1, 64, 64), LayerGroup((0,), *finals), lens)
     check_plan(inputs, lens, target)
+
+
+def test_many_requests(monkeypatch):
+    """More requests and chunks than one scan takes."""
+    monkeypatch.setattr(device_plan, "REQUEST_BLOCK", 2)
+    monkeypatch.setattr(device_plan, "CHUNK_BLOCK", 2)
+    monkeypatch.setattr(device_plan, "CHUNK_PAGES", 2)
+    lens = [100, 1, 17, 40, 33]
+    inputs = make_inputs(5, PageShape(16, 1, 64, 64), LayerGroup((0,), 4, 2), lens)
+    check_plan(inputs, lens, target=12)
+    check_plan(inputs, lens, target=3, q_len=[1, 1, 4, 0, 1])
+
+
+def test_a_length_beyond_the_lists_stays_in_its_row():
+    """Lengths are not read by the host, so a wrong one cannot raise; it must not write elsewhere."""
+    inputs = make_inputs(6, PageShape(16, 1, 64, 64), LayerGroup((0,), 4, 2), [16 * 16, 20])
+    buffers = PlanBuffers.allocate(inputs.storage, 2, 16, columns=True)
+    guards = fence(buffers, inputs.storage)
+    pages = torch.zeros(2, 40, dtype=torch.int64)
+    pages[:, :17] = inputs.req_pages[:, :17]
+    launches = plan_launches(buffers, PageSource(pages), torch.tensor([40 * 16, 20]), None, 40)
+    for launch in launches:
+        launch.run()
+    assert buffers.tier_indptr[:, -1].tolist() == [16, 2]
+    assert sorted(buffers.pages[1, :2].tolist()) == sorted(inputs.pages(1))
+    assert not buffers.pages[1, 2:].any()
+    check_fence(guards)
 
 
 def test_unmapped_and_foreign_pages_are_counted_and_harmless():
@@ -136,6 +198,6 @@ def test_unmapped_and_foreign_pages_are_counted_and_harmless():
     buffers = PlanBuffers.allocate(storage, 2, pages.shape[1], columns=False)
     for launch in plan_launches(buffers, PageSource(pages), torch.tensor([64, 20])):
         launch.run()
-    assert int(buffers.unmapped) == 3
+    assert int(storage.unmapped_reads) == 3
     assert (buffers.k_units[0, :4] >= 0).all() and buffers.k_units[1, :2].tolist() == [0, 0]
     assert buffers.pages[1, :2].tolist() == [0, 0]
