@@ -73,8 +73,13 @@ def configs() -> Iterator[Config]:
         for g in (32, 64):
             yield Config("decode", arch, group_size=g)
         yield Config("decode", arch, head_dim=256, group_size=32)
-        yield Config("decode", arch, page_size=64)
+        for p in (32, 64):
+            yield Config("decode", arch, page_size=p)
+        for finals in ((16, 4), (8, 16), (2, 8)):
+            yield Config("decode", arch, finals=finals)
         yield Config("decode", arch, gqa=16)
+        yield Config("extend", arch, page_size=32, finals=(8, 8), gqa=5)
+        yield Config("extend", arch, finals=(16, 4), gqa=1)
         for d in (64, 128, 256):
             yield Config("extend", arch, head_dim=d, group_size=min(d, 128))
             yield Config("copy", arch, head_dim=d, group_size=min(d, 128), finals=(2, 2))
@@ -90,7 +95,8 @@ def configs() -> Iterator[Config]:
 
 
 def sample() -> Iterator[Config]:
-    """Each kernel once per architecture, decode at head_dim 128 and 256, both dtypes."""
+    """Each kernel once per architecture, decode at head_dim 128 and 256, both dtypes; one extend of all tiers."""
+    yield Config("extend", 90)
     for arch in ARCHITECTURES:
         yield Config("decode", arch)
         yield Config("decode", arch, "fp16", finals=(4, 4))
@@ -193,8 +199,25 @@ def tool(name: str, *arguments: str) -> str:
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
 
 
+LAYOUT = re.compile(r"^#(\w+) = #ttg\.blocked<\{sizePerThread = \[(?:\d+, )*(\d+)\]", re.M)
+CODE_LOAD = re.compile(r"(?:tt\.load|ttg\.async_copy_global_to_local) .*tensor<[\dx]+x!tt\.ptr<i8>, #(\w+)>")
+
+
+def code_loads(ttgir: str) -> list[int]:
+    """Bytes that a thread gets at once from each load of packed codes: only they are bytes.
+
+    Triton gives a thread as many neighbours as it can prove to be contiguous and aligned, up to 16 bytes.
+    """
+    width = {name: int(last) for name, last in LAYOUT.findall(ttgir)}
+    return [width[name] for name in CODE_LOAD.findall(ttgir)]
+
+
 def describe(compiled: Any) -> dict[str, int]:
-    """Registers, shared memory, spilled bytes and instruction counts of a compiled kernel."""
+    """Registers, shared memory, spilled bytes and instruction counts of a compiled kernel.
+
+    ``loads16`` and ``async16`` are instructions that load 16 bytes per thread; ``code_loads`` are the loads of packed
+    codes in the program, ``code_loads16`` those that give a thread 16 bytes at once, ``code_bytes`` the fewest.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -208,6 +231,7 @@ def describe(compiled: Any) -> dict[str, int]:
         return sum(n for op, n in ops.items() if op.split(".")[0] in prefixes)
 
     wide = ("LDG", "LDGSTS")
+    codes = code_loads(compiled.asm["ttgir"])
     return {
         "registers": int(found.group(1)),
         "stack": int(found.group(2)),
@@ -218,6 +242,9 @@ def describe(compiled: Any) -> dict[str, int]:
         "loads16": sum(n for op, n in ops.items() if op.split(".")[0] in wide and ".128" in op),
         "async16": sum(n for op, n in ops.items() if op.split(".")[0] == "LDGSTS" and ".128" in op),
         "loads": count(*wide),
+        "code_loads": len(codes),
+        "code_loads16": codes.count(16),
+        "code_bytes": min(codes, default=0),
         "conversions": count("I2F", "I2FP"),
     }
 
