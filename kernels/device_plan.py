@@ -39,14 +39,16 @@ def token_tile(storage: GroupStorage) -> int:
     return 64 if s.head_dim <= 128 and s.groups_per_head == 1 else 32
 
 
-def programs_per_sm(steps: tuple[tuple[int, int], ...]) -> int:
+def programs_per_sm(steps: tuple[tuple[int, int], ...], head_dim: int) -> int:
     """Decode programs that a multiprocessor holds at once: what 65,536 registers are enough for.
 
     Loops over quantized pages take up to 255 registers in each of 128 threads, which leaves room for
-    two; a group that never leaves 16 bits takes 120 and four fit. More splits than fit would run in a
-    second wave and only add partials to merge.
+    two; a group that never leaves 16 bits takes 120, at head_dim 256 up to 160. More splits than fit
+    would run in a second wave and only add partials to merge.
     """
-    return 4 if len(steps) == 1 else 2
+    if len(steps) > 1:
+        return 2
+    return 4 if head_dim <= 128 else 3
 
 
 def target_items(storage: GroupStorage) -> int:
@@ -54,7 +56,7 @@ def target_items(storage: GroupStorage) -> int:
     sms = DEFAULT_SMS
     if storage.device.type == "cuda":
         sms = torch.cuda.get_device_properties(storage.device).multi_processor_count
-    return max(1, -(-sms * programs_per_sm(storage.group.steps) // storage.shape.num_kv_heads))
+    return max(1, -(-sms * programs_per_sm(storage.group.steps, storage.shape.head_dim) // storage.shape.num_kv_heads))
 
 
 @dataclass(frozen=True)
