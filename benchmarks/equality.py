@@ -41,12 +41,15 @@ def differing(a: Sequence[list[int]], b: Sequence[list[int]]) -> int:
 def compare(
     model: Path, ids: Sequence[list[int]], tokens: int, alone: bool, extra: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Serve the prompts with ours and with stock (twice if not alone) and count differing answers."""
+    """Serve the prompts with ours and with stock (twice if not alone) and count differing answers.
+
+    On the CPU, where ours makes stock's own calls; on a GPU the two have different kernels.
+    """
     concurrency = 1 if alone else 8
     args = [*COMMON, *(["--disable-radix-cache"] if alone else []), *extra]
     with (
-        serve(model, [*args, "--pmkvq-pool-bytes", BIG_POOL], quant=True) as ours_server,
-        serve(model, [*args, "--max-total-tokens", "300000"], quant=False) as stock_server,
+        serve(model, [*args, "--pmkvq-pool-bytes", BIG_POOL], device="cpu") as ours_server,
+        serve(model, [*args, "--max-total-tokens", "300000"], quant=False, device="cpu") as stock_server,
         ThreadPoolExecutor(2) as pool,
     ):
         # Side by side: no time is measured here, and a request alone has a server of its own.

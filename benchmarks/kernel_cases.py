@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,16 +18,33 @@ from sglang_pmkvq.formats import (
     tier_units,
 )
 from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
+from sglang_pmkvq.kernels.device_plan import PageSource
 from sglang_pmkvq.kernels.storage import GroupStorage
 
-# Share of the pages at 16, 8, 4 and 2 bits. "mix" is a long-running server under pressure: a window at
-# 16 bits, recent pages at 8, most at 4, the oldest at 2.
-MIXES: dict[str, tuple[float, ...]] = {
-    "all-16": (1.0, 0.0, 0.0, 0.0),
-    "all-8": (0.0, 1.0, 0.0, 0.0),
-    "all-4": (0.0, 0.0, 1.0, 0.0),
-    "all-2": (0.0, 0.0, 0.0, 1.0),
-    "mix": (0.03, 0.17, 0.5, 0.3),
+
+@dataclass(frozen=True)
+class Mix:
+    """A layer group and the share of its pages at each of its steps.
+
+    Attributes:
+        finals: final tiers of K and V. A group is timed with the finals it would have, since a kernel is compiled for
+            all steps of its group.
+        shares: per step, the rest of the steps have none.
+    """
+
+    finals: tuple[int, int]
+    shares: tuple[float, ...]
+
+
+# "mix" is a long-running server under pressure: a window at 16 bits, recent pages at 8, most at 4, the oldest at 2.
+# "k4v2" is the same for a group whose keys end at 4 bits: two arenas, steps (16,16) (16,8) (8,4) (4,2).
+MIXES: dict[str, Mix] = {
+    "all-16": Mix((16, 16), (1.0,)),
+    "all-8": Mix((8, 8), (0.0, 1.0)),
+    "all-4": Mix((4, 4), (0.0, 0.0, 1.0)),
+    "all-2": Mix((2, 2), (0.0, 0.0, 0.0, 1.0)),
+    "mix": Mix((2, 2), (0.03, 0.17, 0.5, 0.3)),
+    "k4v2": Mix((4, 2), (0.03, 0.17, 0.3, 0.5)),
 }
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -52,55 +69,80 @@ class Case:
     layer_bytes: int
 
 
-def layer_bytes_of(shape: PageShape, batch: int, tokens: int, mix: Sequence[float]) -> int:
+def layer_bytes_of(shape: PageShape, batch: int, tokens: int, mix: Mix) -> int:
     """Bytes of one layer of ``batch`` requests, by the pool's own arithmetic."""
-    group = LayerGroup((0,), 2, 2)
+    group = LayerGroup((0,), *mix.finals)
     pages = -(-tokens // shape.page_size)
     return batch * sum(n * page_bytes(shape, group, s) for s, n in enumerate(page_counts(pages, mix)))
 
 
-def page_counts(pages: int, mix: Sequence[float]) -> list[int]:
+def page_counts(pages: int, mix: Mix) -> list[int]:
     """Pages per step of a request; the rest of the rounding goes to the commonest step."""
-    counts = [int(pages * share) for share in mix]
-    counts[int(np.argmax(mix))] += pages - sum(counts)
+    counts = [int(pages * share) for share in mix.shares]
+    counts[int(np.argmax(mix.shares))] += pages - sum(counts)
     return counts
 
 
 def make_case(
-    shape: PageShape, batch: int, tokens: int, mix: Sequence[float], layers: int, dtype: torch.dtype,
-    device: torch.device, seed: int = 0,
+    shape: PageShape, batch: int, tokens: int, mix: Mix, layers: int, dtype: torch.dtype, device: torch.device,
+    seed: int = 0,
 ) -> Case:  # fmt: skip
     """Random values in random places; every page of a request at a step drawn from ``mix``."""
     rng = np.random.default_rng(seed)
     gen = torch.Generator(device=device).manual_seed(seed)
-    group = LayerGroup(tuple(range(layers)), 2, 2)
+    group = LayerGroup(tuple(range(layers)), *mix.finals)
     pages = -(-tokens // shape.page_size)
     counts = page_counts(pages, mix)
-    step = np.concatenate([rng.permutation(np.repeat(np.arange(4), counts)) for _ in range(batch)])
+    step = np.concatenate([rng.permutation(np.repeat(np.arange(len(counts)), counts)) for _ in range(batch)])
     total = batch * pages
-    unit = np.zeros(total, dtype=np.int64)
-    at = UNITS_PER_SUPERBLOCK  # superblock 0 is page 0
-    for s, (tier, _) in enumerate(group.steps):
-        mine = np.flatnonzero(step == s)
-        unit[rng.permutation(mine)] = at + np.arange(mine.size) * tier_units(tier)
-        at = -(-(at + mine.size * tier_units(tier)) // UNITS_PER_SUPERBLOCK) * UNITS_PER_SUPERBLOCK
-    storage = GroupStorage.allocate(shape, group, [at // UNITS_PER_SUPERBLOCK], total, dtype, device)
-    wide = 1 + int((step == 0).sum())
+    units, ends = [], []
+    for arena in range(len(group.arena_sides)):
+        unit = np.zeros(total, dtype=np.int64)
+        at = UNITS_PER_SUPERBLOCK  # superblock 0 is page 0
+        for s in range(len(counts)):
+            tier = group.arena_tier(arena, s)
+            mine = np.flatnonzero(step == s)
+            unit[rng.permutation(mine)] = at + np.arange(mine.size) * tier_units(tier)
+            at = -(-(at + mine.size * tier_units(tier)) // UNITS_PER_SUPERBLOCK) * UNITS_PER_SUPERBLOCK
+        units.append(unit)
+        ends.append(at // UNITS_PER_SUPERBLOCK)
+    storage = GroupStorage.allocate(shape, group, ends, total, dtype, device)
     for side in SIDES:
-        meta = storage.meta[side]
-        assert meta is not None
+        meta, arena = storage.meta[side], storage.arena_of(side)
+        whole = np.array([tier[side] == 16 for tier in group.steps])[step]
+        blocks = torch.from_numpy(np.append(units[arena][whole] // UNITS_PER_SUPERBLOCK, 0)).to(device)
+        size = (blocks.numel(), shape.page_size, shape.num_kv_heads, shape.head_dim)
         for layer in range(layers):
             storage.arenas[side][layer].random_(0, 256, generator=gen)
-            storage.pages16(side, layer)[:wide].normal_(generator=gen)
-            meta[layer, ..., 0].normal_(-2.5, 0.3, generator=gen)
-            meta[layer, ..., 1].uniform_(3.0, 6.0, generator=gen)
+            storage.pages16(side, layer)[blocks] = torch.randn(size, generator=gen, device=device).to(dtype)
+            if meta is not None:
+                meta[layer, ..., 0].normal_(-2.5, 0.3, generator=gen)
+                meta[layer, ..., 1].uniform_(3.0, 6.0, generator=gen)
     ids = rng.permutation(total) + 1
-    entries = np.zeros(total + 1, dtype=np.int32)
-    entries[ids] = unit << STEP_BITS | step
-    storage.table[0] = torch.from_numpy(entries).to(device)
+    for arena, unit in enumerate(units):
+        entries = np.zeros(total + 1, dtype=np.int32)
+        entries[ids] = unit << STEP_BITS | step
+        storage.table[arena] = torch.from_numpy(entries).to(device)
     req_pages = torch.from_numpy(ids.reshape(batch, pages).astype(np.int32)).to(device)
     lens = torch.full((batch,), tokens, dtype=torch.int64, device=device)
     return Case(storage, req_pages, lens, layer_bytes_of(shape, batch, tokens, mix))
+
+
+def request_table(case: Case) -> PageSource:
+    """The pages of a case as SGLang keeps them: a table of token slots, requests at rows in any order."""
+    p, batch = case.storage.shape.page_size, case.req_pages.shape[0]
+    rows = torch.randperm(batch + 3, generator=torch.Generator().manual_seed(1))[:batch].to(case.req_pages.device)
+    slots = case.req_pages[:, :, None] * p + torch.arange(p, device=case.req_pages.device)
+    table = torch.zeros(batch + 3, slots.shape[1] * p, dtype=torch.int32, device=case.req_pages.device)
+    table[rows] = slots.flatten(1).int()
+    return PageSource(table, rows, p, p)
+
+
+def plan_bytes(case: Case) -> int:
+    """Bytes that a decode's plan must read and write: per page its id from the source, kept and read again, its table
+    entry twice, and its entries in the lists."""
+    pages, arenas = case.req_pages.numel(), len(case.storage.group.arena_sides)
+    return pages * 4 * (1 + 2 + 2 + 2 + 2 * (arenas - 1))
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -185,25 +227,52 @@ def flashinfer_extend(case: Case, q: torch.Tensor, scale: float, chunk: int) -> 
     return lambda layer: wrapper.run(q, caches[layer])
 
 
+def token_rows(case: Case) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]:
+    """int64 ``[batch, tokens]`` rows of the requests in the 16-bit pages, and per layer K and V ``[rows, H, D]``."""
+    s = case.storage.shape
+    superblocks = case.storage.table[0][case.req_pages.long()] >> STEP_BITS + 3
+    slots = superblocks[:, :, None] * s.page_size + torch.arange(s.page_size, device=superblocks.device)
+    buffers = [
+        tuple(case.storage.pages16(side, i).view(-1, s.num_kv_heads, s.head_dim) for side in SIDES)
+        for i in range(case.storage.num_layers)
+    ]
+    return slots.flatten(1)[:, : int(case.kv_lens[0])].long(), buffers
+
+
+def sglang_extend(case: Case, q: torch.Tensor, scale: float, chunk: int) -> Callable[[int], torch.Tensor]:
+    """SGLang's Triton extend: prefix from the case's own 16-bit pages, the chunk from rows of its own; run(layer)."""
+    from sglang.srt.layers.attention.triton_ops.extend_attention import extend_attention_fwd
+
+    rows, buffers = token_rows(case)
+    batch, prefix = rows.shape[0], rows.shape[1] - chunk
+    indptr = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    indices = rows[:, :prefix].flatten().contiguous()
+    new = rows[:, prefix:].flatten()
+    chunks = [tuple(side[new] for side in layer) for layer in buffers]
+    out = torch.empty_like(q)
+
+    def run(layer: int) -> torch.Tensor:
+        extend_attention_fwd(
+            q, *chunks[layer], out, *buffers[layer], indptr * chunk, indptr * prefix, indices, None, True, None, chunk,
+            1.0, 1.0, sm_scale=scale,
+        )  # fmt: skip
+        return out
+
+    return run
+
+
 def sglang_decode(case: Case, q: torch.Tensor, scale: float) -> Callable[[int], torch.Tensor]:
     """SGLang's Triton decode over the case's own 16-bit pages, with its default number of splits; run(layer)."""
     from sglang.srt.layers.attention.triton_ops.decode_attention import decode_attention_fwd
 
     s, batch, splits = case.storage.shape, q.shape[0], 8
-    superblocks = case.storage.table[0][case.req_pages.long()] >> STEP_BITS + 3
-    slots = superblocks[:, :, None] * s.page_size + torch.arange(s.page_size, device=q.device)
-    tokens = int(case.kv_lens[0])
-    indices = slots.flatten(1)[:, :tokens].flatten().long().contiguous()
-    indptr = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * tokens
+    slots, rows = token_rows(case)
+    indices = slots.flatten().contiguous()
+    indptr = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * slots.shape[1]
     out = torch.empty_like(q)
     logits = torch.empty(batch, q.shape[1], splits, s.head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, q.shape[1], splits, dtype=torch.float32, device=q.device)
     counts = torch.full((batch,), splits, dtype=torch.int32, device=q.device)
-    rows = [
-        tuple(case.storage.pages16(side, i).view(-1, s.num_kv_heads, s.head_dim) for side in SIDES)
-        for i in range(case.storage.num_layers)
-    ]
-
     def run(layer: int) -> torch.Tensor:
         decode_attention_fwd(
             q, *rows[layer], out, indptr, indices, logits, lse, counts, splits, scale, k_scale=1.0, v_scale=1.0

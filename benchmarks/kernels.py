@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Speed of the Triton kernels on this machine's GPU against FlashInfer and SGLang's Triton decode on bf16.
+"""Speed of the Triton kernels on this machine's GPU against FlashInfer and SGLang's Triton kernels on bf16.
 
     python benchmarks/kernels.py                      the whole table -> benchmarks/results/kernels_<GPU>.json
     python benchmarks/kernels.py --only decode        one part: decode, extend, shrink, store, plan
-    python benchmarks/kernels.py --dry-run            no GPU: checks of tiny shapes in Triton's interpreter
+    python benchmarks/kernels.py --dry-run            no GPU: tiny shapes in Triton's interpreter, SGLang's kernels too
 
 Every cell is checked against fp32 before it is timed; a cell that fails prints no time. A cell that does
 not fit the memory, and a baseline that cannot run, are rows of the table with the reason. Exits with 1 if
@@ -11,7 +11,9 @@ any check failed or a baseline is missing, with 2 if there is no GPU.
 
 Timed by replays of a CUDA graph that rotates through layers, so that the data is several times the L2;
 the time of a row is the median of the replays, per layer. GB/s counts the bytes that must be read (and
-written), 1 GB = 1e9 bytes; the share is of a large device-to-device copy measured in the same run.
+written), 1 GB = 1e9 bytes; the share is of a large device-to-device copy measured in the same run. A plan
+is timed as SGLang has it, from its table of token slots, and from dense page ids; `host_us` is what one
+plan costs the host, waiting for nothing.
 """
 
 from __future__ import annotations
@@ -22,20 +24,25 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# As a script this folder would come first, and `import kernels` elsewhere means another package.
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    # As a script this folder would come first, and `import kernels` elsewhere means another package.
+    sys.path[0] = str(ROOT)
 
 BATCHES = (1, 8, 32, 128)
 TOKENS = (4096, 16384, 65536, 131072)
 GQAS = (4, 8)
 KV_HEADS, HEAD_DIM, PAGE = 8, 128, 16
 PARTS = ("decode", "extend", "shrink", "store", "plan")
-CACHE_BYTES = 256 << 20  # several times the L2 of any GPU so far
+# Requests and chunk of an extend: fewer new tokens per request in larger batches, and short chunks on long prefixes.
+EXTENDS = ((1, 2048), (1, 64), (8, 2048), (8, 64), (32, 512), (128, 64))
+STORE_TOKENS = (1, 32, 256)
+L2_TIMES = 4  # the working set, in L2 sizes
 
 
 class Timer:
@@ -50,6 +57,23 @@ class Timer:
         target = torch.empty_like(source)
         p50 = self(lambda _: target.copy_(source), 2)["p50_us"]
         self.copy_gbs = 2 * n / p50 / 1e3
+        self.cache_bytes = L2_TIMES * torch.cuda.get_device_properties(0).L2_cache_size
+
+    def layers_for(self, layer_bytes: int) -> int:
+        """Layers to rotate through, so that none is still in the L2 when its turn comes again."""
+        return max(2, -(-self.cache_bytes // max(1, layer_bytes)))
+
+    def host(self, run: Callable[[], Any]) -> float:
+        """Median µs that a call keeps the host busy; the device is idle before each."""
+        import torch
+
+        times = []
+        for _ in range(5 + self.repeats):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - start) * 1e6)
+        return round(statistics.median(times[5:]), 1)
 
     def __call__(self, run: Callable[[int], Any], layers: int) -> dict[str, float]:
         import torch
@@ -95,10 +119,6 @@ class Table:
     @property
     def failed(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if "failed" in row]
-
-
-def layers_for(layer_bytes: int) -> int:
-    return max(1, min(32, -(-CACHE_BYTES // max(1, layer_bytes))))
 
 
 def guarded(table: Table, key: dict[str, Any], body: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
@@ -162,12 +182,10 @@ def attention_cell(table: Table, timer: Timer | None, part: str, cell: dict[str,
 
     def measure(rival: str, case: kc.Case, out: torch.Tensor) -> dict[str, Any]:
         assert timer is not None
-        if rival == "sglang_triton":
-            run = kc.sglang_decode(case, q, scale)
-        elif part == "decode":
-            run = kc.flashinfer_decode(case, q, scale)
+        if part == "decode":
+            run = (kc.sglang_decode if rival == "sglang_triton" else kc.flashinfer_decode)(case, q, scale)
         else:
-            run = kc.flashinfer_extend(case, q, scale, chunk)
+            run = (kc.sglang_extend if rival == "sglang_triton" else kc.flashinfer_extend)(case, q, scale, chunk)
         layers = case.storage.num_layers
         error = kc.check(rival, run(layers - 1), out, 2 * kc.TOLERANCE[dtype])
         row = {"error": float(f"{error:.2g}"), **timer(run, layers)}
@@ -186,12 +204,23 @@ def attention_cell(table: Table, timer: Timer | None, part: str, cell: dict[str,
 
         guarded(table, {"part": part, "mix": name, **cell}, body)
         if name == "all-16" and kept and timer is not None:
-            for rival in ("flashinfer", "sglang_triton") if part == "decode" else ("flashinfer",):
+            for rival in ("flashinfer", "sglang_triton"):
                 guarded(table, {"part": part, "baseline": rival, **cell}, lambda rival=rival: measure(rival, *kept))
 
+    def interpreted_baseline() -> dict[str, Any]:
+        # In fp16: SGLang's kernels do not know that the interpreter computes bf16 on raw bits.
+        case = kc.make_case(shape, batch, tokens, kc.MIXES["all-16"], 1, torch.float16, device)
+        if part == "decode":
+            out = kc.sglang_decode(case, q.half(), scale)(0)
+            return {"error": float(f"{kc.check_decode(case, q.half(), out, 0, scale):.2g}")}
+        out = kc.sglang_extend(case, q.half(), scale, chunk)(0)
+        return {"error": float(f"{kc.check_extend(case, q.half(), out, 0, scale, chunk):.2g}")}
+
+    if timer is None:
+        guarded(table, {"part": part, "baseline": "sglang_triton", **cell}, interpreted_baseline)
     for name, mix in kc.MIXES.items():
         need = kc.layer_bytes_of(shape, batch, tokens, mix)
-        layers = layers_for(need) if timer is not None else 1
+        layers = timer.layers_for(need) if timer is not None else 1
         if timer is not None:
             torch.cuda.empty_cache()
             if need * layers * 1.05 > torch.cuda.mem_get_info()[0]:
@@ -216,18 +245,17 @@ def pool_part(table: Table, timer: Timer | None, part: str, pages: int, layers: 
     heads = KV_HEADS if timer is not None else 1
     shape = PageShape(PAGE, heads, HEAD_DIM, HEAD_DIM)
 
-    def twins(mix: tuple[float, ...]) -> tuple[kc.Case, kc.Case]:
+    def twins(mix: kc.Mix) -> tuple[kc.Case, kc.Case]:
         a, b = (kc.make_case(shape, 2, pages * PAGE, mix, layers, dtype, device) for _ in range(2))
         return a, b
 
     def equal(a: kc.Case, b: kc.Case, name: str) -> None:
         for x, y in zip((*a.storage.arenas, *a.storage.meta), (*b.storage.arenas, *b.storage.meta), strict=True):
-            assert x is not None and y is not None
-            if not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+            if x is not None and y is not None and not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
                 raise kc.CheckFailed(f"{name}: bytes differ from torch's")
 
     def shrink(src: int, dst: int) -> dict[str, Any]:
-        a, b = twins(tuple(float(t == src) for t in (16, 8, 4, 2)))
+        a, b = twins(kc.Mix((2, 2), tuple(float(t == src) for t in (16, 8, 4, 2))))
         # The first request's pages shrink into the second one's blocks, in random order.
         units = [(a.storage.table[0][row.long()].long() >> 2).cpu().numpy() for row in a.req_pages]
         page = a.req_pages[0].cpu().numpy()
@@ -243,9 +271,10 @@ def pool_part(table: Table, timer: Timer | None, part: str, pages: int, layers: 
             timer.rate(row, 2 * moved * layers * int(page.size))
         return row
 
-    def store() -> dict[str, Any]:
-        a, b = twins((1.0, 0.0, 0.0, 0.0))
+    def store(tokens: int) -> dict[str, Any]:
+        a, b = twins(kc.MIXES["all-16"])
         slots = (a.req_pages.flatten().long()[:, None] * PAGE + torch.arange(PAGE, device=device)).flatten()
+        slots = slots[:: max(1, slots.numel() // tokens)][:tokens].contiguous()  # of as many requests as can be
         k, v = torch.randn(2, slots.numel(), heads, HEAD_DIM, device=device).to(dtype)
         page_ops.store(a.storage, 0, slots, k, v, backend="torch")
         page_ops.store(b.storage, 0, slots, k, v, backend="triton")
@@ -256,47 +285,54 @@ def pool_part(table: Table, timer: Timer | None, part: str, pages: int, layers: 
             timer.rate(row, 4 * k.nbytes)
         return row
 
-    def plan(batch: int, tokens: int) -> dict[str, Any]:
+    def plan(batch: int, tokens: int, source_name: str, mix: str) -> dict[str, Any]:
         small = PageShape(PAGE, 1, 64, 64)  # the plan does not read KV
-        case = kc.make_case(small, batch, tokens, kc.MIXES["mix"], 1, dtype, device)
+        case = kc.make_case(small, batch, tokens, kc.MIXES[mix], 1, dtype, device)
+        source = kc.request_table(case) if source_name == "slots" else PageSource(case.req_pages)
         wrapper = MixedKVDecodeWrapper(backend="triton")
-        wrapper.plan(case.storage, case.req_pages, case.kv_lens)
+        wrapper.plan_source(case.storage, source, case.kv_lens)
         device_plan = wrapper._device
         assert device_plan is not None and device_plan.buffers is not None
         buffers, n = device_plan.buffers, case.req_pages.shape[1]
-        entries = case.storage.table[0][case.req_pages.long()]
-        order = torch.sort(entries & 3, dim=1, stable=True).indices
-        if not torch.equal(buffers.k_units[:batch, :n], (entries.gather(1, order) >> 2).int()):
-            raise kc.CheckFailed("plan: lists differ from a stable sort by step")
+        for units, arena in ((buffers.k_units, 0), (buffers.v_units, -1)):
+            entries = case.storage.table[arena][case.req_pages.long()]
+            order = torch.sort(entries & 3, dim=1, stable=True).indices
+            if not torch.equal(units[:batch, :n], (entries.gather(1, order) >> 2).int()):
+                raise kc.CheckFailed("plan: lists differ from a stable sort by step")
         row: dict[str, Any] = {}
         if timer is not None:
-            source = PageSource(case.req_pages)
             row |= timer(lambda _: [x.run() for x in plan_launches(buffers, source, case.kv_lens)], 1)
+            timer.rate(row, kc.plan_bytes(case))
+            row["host_us"] = timer.host(lambda: wrapper.plan_source(case.storage, source, case.kv_lens))
         return row
 
     if part == "shrink":
         for src, dst in ((16, 8), (16, 4), (16, 2), (8, 4), (8, 2), (4, 2), (16, 16), (4, 4)):
             guarded(table, {"part": part, "from": src, "to": dst}, lambda src=src, dst=dst: shrink(src, dst))
     elif part == "store":
-        guarded(table, {"part": part}, store)
+        for tokens in (*STORE_TOKENS, 2 * pages * PAGE) if timer is not None else (1, 3, 2 * pages * PAGE):
+            guarded(table, {"part": part}, lambda tokens=tokens: store(tokens))
     else:
         sizes = ((1, 4096), (32, 16384), (256, 131072)) if timer is not None else ((1, 40), (3, 5000))
         for batch, tokens in sizes:
-            key = {"part": part, "batch": batch, "tokens": tokens}
-            guarded(table, key, lambda batch=batch, tokens=tokens: plan(batch, tokens))
+            for name, mix in (("slots", "mix"), ("slots", "k4v2"), ("dense", "mix")):
+                key = {"part": part, "source": name, "mix": mix, "batch": batch, "tokens": tokens}
+                guarded(table, key, lambda key=key: plan(key["batch"], key["tokens"], key["source"], key["mix"]))
 
 
 def attention_cells(part: str, dry: bool) -> list[dict[str, int]]:
-    if dry:
-        cell = {"batch": 2, "tokens": 100, "gqa": 4, "kv_heads": 1}
-        return [{**cell, "chunk": 5} if part == "extend" else cell]
+    batches = [(b, 1) for b in BATCHES] if part == "decode" else list(EXTENDS)
     cells = [
-        {"batch": b, "tokens": t, "gqa": g, "kv_heads": KV_HEADS}
+        {"batch": b, "tokens": t, "gqa": g, "kv_heads": KV_HEADS, "chunk": c}
         for g in GQAS
         for t in TOKENS
-        for b in ((1, 8) if part == "extend" else BATCHES)
+        for b, c in batches
+        if t > c
     ]
-    return [{**c, "chunk": 2048} for c in cells if c["tokens"] > 2048] if part == "extend" else cells
+    if dry:
+        small = ((2, 1),) if part == "decode" else ((2, 5), (1, 17))
+        cells = [{"batch": b, "tokens": 100, "gqa": 4, "kv_heads": 1, "chunk": c} for b, c in small]
+    return [{k: v for k, v in c.items() if part == "extend" or k != "chunk"} for c in cells]
 
 
 def main() -> int:
@@ -343,7 +379,7 @@ def main() -> int:
         else:
             pool_part(table, timer, part, *((4096, 4) if timer is not None else (4, 1)), dtype)
     if arguments.dry_run:
-        print("dry run: no times, and the baselines (FlashInfer, SGLang's Triton decode) need a GPU and were not run")
+        print("dry run: no times; of the baselines FlashInfer needs a GPU and was not run")
     for row in table.failed:
         print("FAILED", json.dumps(row), file=sys.stderr)
     return 1 if table.failed else 0

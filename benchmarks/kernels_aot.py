@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,6 @@ RESULTS = Path(__file__).parent / "results" / "kernels_aot.json"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FINALS = ((16, 16), (8, 8), (4, 4), (2, 2), (4, 2))
-POINTERS = {
-    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64", torch.float16: "*fp16",
-    torch.bfloat16: "*bf16", torch.float32: "*fp32",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,13 @@ def configs() -> Iterator[Config]:
         for g in (32, 64):
             yield Config("decode", arch, group_size=g)
         yield Config("decode", arch, head_dim=256, group_size=32)
-        yield Config("decode", arch, page_size=64)
+        for p in (32, 64):
+            yield Config("decode", arch, page_size=p)
+        for finals in ((16, 4), (8, 16), (2, 8)):
+            yield Config("decode", arch, finals=finals)
         yield Config("decode", arch, gqa=16)
+        yield Config("extend", arch, page_size=32, finals=(8, 8), gqa=5)
+        yield Config("extend", arch, finals=(16, 4), gqa=1)
         for d in (64, 128, 256):
             yield Config("extend", arch, head_dim=d, group_size=min(d, 128))
             yield Config("copy", arch, head_dim=d, group_size=min(d, 128), finals=(2, 2))
@@ -93,7 +95,8 @@ def configs() -> Iterator[Config]:
 
 
 def sample() -> Iterator[Config]:
-    """Each kernel once per architecture, decode at head_dim 128 and 256, both dtypes."""
+    """Each kernel once per architecture, decode at head_dim 128 and 256, both dtypes; one extend of all tiers."""
+    yield Config("extend", 90)
     for arch in ARCHITECTURES:
         yield Config("decode", arch)
         yield Config("decode", arch, "fp16", finals=(4, 4))
@@ -139,32 +142,50 @@ def launches(config: Config) -> dict[str, Launch]:
     return dict(zip(names, [*attention, *index, *others], strict=True))
 
 
+@cache
+def binder(kernel: Any, arch: int) -> Callable[..., tuple[Any, list[tuple[str, Any]], Any]]:
+    """Triton's own function that says of arguments what a kernel is compiled anew for."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    if not isinstance(kernel, JITFunction):  # the interpreter's stand-in, which specializes nothing
+        kept = ("do_not_specialize", "do_not_specialize_on_alignment")
+        kernel = JITFunction(kernel.fn, **{name: kernel.kwargs[name] for name in kept})
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", arch, 32)))
+
+
+def specialization(launch: Launch, arch: int = 90) -> tuple[tuple[str, Any], ...]:
+    """(type, specialization) of every parameter: a kernel is compiled once for each of these tuples.
+
+    The second is the value of a constexpr, "D" for a pointer aligned to 16 bytes or an integer that 16 divides, or
+    empty; an integer of 1 is a constexpr too.
+    """
+    return tuple(binder(launch.kernel, arch)(**launch.args)[1])
+
+
 def compile_launch(launch: Launch, arch: int) -> Any:
     """Triton's compiled kernel for an architecture, specialized as a run of the launch would be."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
 
     assert not interpreted(), "TRITON_INTERPRET is set: nothing would be compiled"
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
     signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[object]]] = {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.args[parameter.name]
-        signature[parameter.name] = "constexpr"
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            constants[parameter.name] = value
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for i, (name, (kind, extra)) in enumerate(
+        zip(launch.kernel.arg_names, specialization(launch, arch), strict=True)
+    ):
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[(i,)] = launch.args[name]
+        elif isinstance(extra, str):
+            attributes[(i,)] = backend.parse_attr(extra)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    return triton.compile(source, target=target, options=launch.options)
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -178,8 +199,25 @@ def tool(name: str, *arguments: str) -> str:
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
 
 
+LAYOUT = re.compile(r"^#(\w+) = #ttg\.blocked<\{sizePerThread = \[(?:\d+, )*(\d+)\]", re.M)
+CODE_LOAD = re.compile(r"(?:tt\.load|ttg\.async_copy_global_to_local) .*tensor<[\dx]+x!tt\.ptr<i8>, #(\w+)>")
+
+
+def code_loads(ttgir: str) -> list[int]:
+    """Bytes that a thread gets at once from each load of packed codes: only they are bytes.
+
+    Triton gives a thread as many neighbours as it can prove to be contiguous and aligned, up to 16 bytes.
+    """
+    width = {name: int(last) for name, last in LAYOUT.findall(ttgir)}
+    return [width[name] for name in CODE_LOAD.findall(ttgir)]
+
+
 def describe(compiled: Any) -> dict[str, int]:
-    """Registers, shared memory, spilled bytes and instruction counts of a compiled kernel."""
+    """Registers, shared memory, spilled bytes and instruction counts of a compiled kernel.
+
+    ``loads16`` and ``async16`` are instructions that load 16 bytes per thread; ``code_loads`` are the loads of packed
+    codes in the program, ``code_loads16`` those that give a thread 16 bytes at once, ``code_bytes`` the fewest.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -193,6 +231,7 @@ def describe(compiled: Any) -> dict[str, int]:
         return sum(n for op, n in ops.items() if op.split(".")[0] in prefixes)
 
     wide = ("LDG", "LDGSTS")
+    codes = code_loads(compiled.asm["ttgir"])
     return {
         "registers": int(found.group(1)),
         "stack": int(found.group(2)),
@@ -203,6 +242,9 @@ def describe(compiled: Any) -> dict[str, int]:
         "loads16": sum(n for op, n in ops.items() if op.split(".")[0] in wide and ".128" in op),
         "async16": sum(n for op, n in ops.items() if op.split(".")[0] == "LDGSTS" and ".128" in op),
         "loads": count(*wide),
+        "code_loads": len(codes),
+        "code_loads16": codes.count(16),
+        "code_bytes": min(codes, default=0),
         "conversions": count("I2F", "I2FP"),
     }
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import requests
@@ -136,6 +136,7 @@ def serve(
     args: Sequence[str] = (),
     *,
     quant: bool = True,
+    device: Literal["auto", "cpu"] = "auto",
     env: dict[str, str] | None = None,
     cwd: Path | str | None = None,
     log_path: Path | None = None,
@@ -147,12 +148,13 @@ def serve(
         model: model path.
         args: further flags.
         quant: ``--kv-quant pmkvq``, else ``none`` with ``torch_native`` on CPU.
+        device: "cpu" even where there is a GPU.
 
     Raises:
         ServerFailed: it did not become ready.
     """
     port = free_port()
-    cpu = not _cuda()
+    cpu = device == "cpu" or not _cuda()
     line = [*command, "--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
     # An idle scheduler polls without pause: on a small machine it would take a core from its neighbours.
     line += ["--kv-quant", "pmkvq" if quant else "none", "--sleep-on-idle"]
@@ -167,6 +169,7 @@ def serve(
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if cpu:
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     with path.open("wb") as log:
         process = subprocess.Popen(
             line, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=cwd or ROOT, start_new_session=True

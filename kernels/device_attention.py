@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, plan_launches, token_tile
-from sglang_pmkvq.kernels.launch import Launch, dot_dtype, interpreted, mantissa_bits, next_power_of_two, upload
+from sglang_pmkvq.kernels.launch import Launch, dot_dtype, interpreted, mantissa_bits, next_power_of_two, upload_rows
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.triton.decode import decode_kernel, merge_kernel
 from sglang_pmkvq.kernels.triton.extend import extend_kernel
@@ -111,8 +111,7 @@ class DevicePlan:
         buffers = self._buffers_for(storage, lens.size, pages, columns=True)
         q_len = lens - prefix
         q_row = np.cumsum(q_len) - q_len
-        host = torch.from_numpy(np.stack([lens, q_len, q_row]).astype(np.int32))
-        self.kv_lens, self.q_len, self.q_row = upload(host, storage.device)
+        self.kv_lens, self.q_len, self.q_row = upload_rows([lens, q_len, q_row], storage.device)
         self.requests, self.num_queries = lens.size, int(q_len.sum())
         self.singles = int((q_len == 1).sum())
         self.chunks, self._tiles = (q_len, q_row), {}
@@ -128,8 +127,7 @@ class DevicePlan:
             request = np.repeat(np.arange(q_len.size), per_request)
             first = (np.arange(request.size) - (np.cumsum(per_request) - per_request)[request]) * queries
             # Late tiles see most and start first, so that the last ones to finish are short.
-            host = torch.from_numpy(np.stack([request, first])[:, ::-1].astype(np.int32).copy())
-            request_t, first_t = upload(host, self.buffers.storage.device)
+            request_t, first_t = upload_rows([request[::-1], first[::-1]], self.buffers.storage.device)
             self._tiles[queries] = (request_t, first_t)
         return self._tiles[queries]
 

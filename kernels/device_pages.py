@@ -39,6 +39,7 @@ def store_launch(
             "table": storage.table,
             "table_stride": storage.table.stride(0),
             "num_pages": storage.num_pages,
+            "dropped": storage.dropped_rows,
             "H": s.num_kv_heads,
             "D": s.head_dim,
             "P": s.page_size,
@@ -89,16 +90,14 @@ def copy_launch(storage: GroupStorage, copies: ArenaCopies) -> Launch:
 def table_launch(storage: GroupStorage, update: TableUpdate) -> Launch:
     """New page-table entries of one arena."""
     both = torch.from_numpy(np.stack([update.page.astype(np.int32), update.entry.astype(np.int32)]))
-    pages, entries = upload(both, storage.device)
     n = both.shape[1]
     return Launch(
         kernels.table_kernel,
         (-(-n // TABLE_BLOCK),),
         {
-            "pages": pages,
-            "entries": entries,
-            "table": storage.table[update.arena],
+            "updates": upload(both, storage.device),
             "count": n,
+            "table": storage.table[update.arena],
             "BLOCK": TABLE_BLOCK,
         },
         num_warps=1,

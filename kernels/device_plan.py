@@ -10,15 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_pmkvq.kernels.launch import Launch, next_power_of_two
+from sglang_pmkvq.kernels.launch import Launch
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.triton import plan as kernels
 
 CHUNK_PAGES = 256
 # A page costs its bits per K and V element plus what its (zero, range) and index loads cost.
 COST_OVERHEAD = 4
-# Programs that decode aims at, per multiprocessor: enough to hide latency, few enough to merge.
-PROGRAMS_PER_SM = 4
+# Requests and chunks that the plan's scans take at a time; constants, so that no batch compiles anew.
+REQUEST_BLOCK = 256
+CHUNK_BLOCK = 32
+# Rows of the lists are multiples of this many entries, so that Triton always finds their stride divisible.
+LIST_ALIGN = 16
 # Multiprocessors assumed on the CPU, where kernels run in the interpreter.
 DEFAULT_SMS = 8
 # A split shorter than this many 16-bit tokens costs more to merge than it gains.
@@ -36,12 +39,24 @@ def token_tile(storage: GroupStorage) -> int:
     return 64 if s.head_dim <= 128 and s.groups_per_head == 1 else 32
 
 
+def programs_per_sm(steps: tuple[tuple[int, int], ...], head_dim: int) -> int:
+    """Decode programs that a multiprocessor holds at once: what 65,536 registers are enough for.
+
+    Loops over quantized pages take up to 255 registers in each of 128 threads, which leaves room for
+    two; a group that never leaves 16 bits takes 120, at head_dim 256 up to 160. More splits than fit
+    would run in a second wave and only add partials to merge.
+    """
+    if len(steps) > 1:
+        return 2
+    return 4 if head_dim <= 128 else 3
+
+
 def target_items(storage: GroupStorage) -> int:
-    """Splits per KV head that fill the device, over all requests."""
+    """Splits per KV head that fill the device once, over all requests."""
     sms = DEFAULT_SMS
     if storage.device.type == "cuda":
         sms = torch.cuda.get_device_properties(storage.device).multi_processor_count
-    return max(1, -(-sms * PROGRAMS_PER_SM // storage.shape.num_kv_heads))
+    return max(1, -(-sms * programs_per_sm(storage.group.steps, storage.shape.head_dim) // storage.shape.num_kv_heads))
 
 
 @dataclass(frozen=True)
@@ -69,8 +84,10 @@ class PlanBuffers:
     """Device buffers of a plan; int32. They are never reallocated, so a CUDA graph may hold them.
 
     Attributes:
-        max_requests, max_pages: what they were sized for.
+        max_requests, max_pages: what they were sized for; max_pages is a multiple of 16.
         counts: scratch of the count pass.
+        page_ids: ``[max_requests, max_pages]``, logical page of each column as the count pass read it,
+            −1 where there is none.
         pages, k_units, v_units: ``[max_requests, max_pages]``, a request's pages bucketed by step, in
             order of position within a step: logical page, first unit of its K and of its V block
             (``v_units`` is ``k_units`` where a group's sides share ids).
@@ -82,8 +99,6 @@ class PlanBuffers:
         item_first, item_tokens: ``[max_requests + target, steps]``, where an item's share of a step
             starts in the lists, and how many tokens it is.
         target: items that the schedule aims at over all requests.
-        unmapped: ``[1]``, pages without a block met since the start; they read block 0. Looking at it
-            waits for the device.
     """
 
     storage: GroupStorage
@@ -91,6 +106,7 @@ class PlanBuffers:
     max_pages: int
     target: int
     counts: torch.Tensor
+    page_ids: torch.Tensor
     pages: torch.Tensor
     k_units: torch.Tensor
     v_units: torch.Tensor
@@ -101,13 +117,13 @@ class PlanBuffers:
     item_request: torch.Tensor
     item_first: torch.Tensor
     item_tokens: torch.Tensor
-    unmapped: torch.Tensor
 
     @classmethod
     def allocate(
         cls, storage: GroupStorage, max_requests: int, max_pages: int, columns: bool, target: int | None = None
     ) -> PlanBuffers:
-        """Buffers for up to ``max_requests`` requests of ``max_pages`` pages each."""
+        """Buffers for up to ``max_requests`` requests of ``max_pages`` pages each, or a few more."""
+        max_pages = -(-max_pages // LIST_ALIGN) * LIST_ALIGN
         target = target_items(storage) if target is None else target
         steps = len(storage.group.steps)
 
@@ -122,6 +138,7 @@ class PlanBuffers:
             max_pages=max_pages,
             target=target,
             counts=empty(max_requests, -(-max_pages // CHUNK_PAGES), steps),
+            page_ids=empty(*lists),
             pages=empty(*lists),
             k_units=k_units,
             v_units=k_units if storage.group.shared else empty(*lists),
@@ -132,7 +149,6 @@ class PlanBuffers:
             item_request=empty(max_requests + target),
             item_first=empty(max_requests + target, steps),
             item_tokens=empty(max_requests + target, steps),
-            unmapped=empty(1),
         )
 
     def fits(self, storage: GroupStorage, requests: int, pages: int, columns: bool) -> bool:
@@ -146,8 +162,8 @@ class PlanBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes of workspace; not part of the pool's budget."""
-        own = [self.counts, self.pages, self.k_units, self.tier_indptr, self.tier_tokens, self.split_indptr]
-        own += [self.item_request, self.item_first, self.item_tokens]
+        own = [self.counts, self.page_ids, self.pages, self.k_units, self.tier_indptr, self.tier_tokens]
+        own += [self.split_indptr, self.item_request, self.item_first, self.item_tokens]
         own += [t for t in (self.cols, None if self.v_units is self.k_units else self.v_units) if t is not None]
         return sum(t.nbytes for t in own)
 
@@ -173,21 +189,31 @@ def plan_launches(
     pages = min(source.max_pages, buffers.max_pages if max_pages is None else max_pages)
     chunks = max(1, -(-pages // CHUNK_PAGES))
     shared = {
-        "source": source.values,
-        "rows": None if source.rows is None else source.rows.contiguous(),
-        "source_stride": source.values.stride(0),
-        "column_stride": source.column_stride * source.values.stride(1),
+        "page_ids": buffers.page_ids,
+        "list_stride": buffers.max_pages,
         "kv_lens": kv_lens,
         "table": storage.table,
-        "num_pages": storage.num_pages,
         "chunks": chunks,
         "counts": buffers.counts,
         "P": storage.shape.page_size,
         "STEPS": steps,
         "CHUNK": CHUNK_PAGES,
-        "DIVISOR": source.divisor,
     }
-    count = Launch(kernels.count_kernel, (requests, chunks), {**shared, "unmapped": buffers.unmapped}, num_warps=2)
+    count = Launch(
+        kernels.count_kernel,
+        (requests, chunks),
+        {
+            **shared,
+            "source": source.values,
+            "rows": None if source.rows is None else source.rows.contiguous(),
+            "source_stride": source.values.stride(0),
+            "column_stride": source.column_stride * source.values.stride(1),
+            "num_pages": storage.num_pages,
+            "unmapped": storage.unmapped_reads,
+            "DIVISOR": source.divisor,
+        },
+        num_warps=2,
+    )
     scatter = Launch(
         kernels.scatter_kernel,
         (requests, chunks),
@@ -198,10 +224,9 @@ def plan_launches(
             "k_units": buffers.k_units,
             "v_units": buffers.v_units,
             "cols": buffers.cols,
-            "list_stride": buffers.max_pages,
             "tier_indptr": buffers.tier_indptr,
             "tier_tokens": buffers.tier_tokens,
-            "CHUNKS": next_power_of_two(buffers.counts.shape[1]),
+            "BLOCK": CHUNK_BLOCK,
             "ARENAS": len(storage.group.arena_sides),
         },
         num_warps=2,
@@ -219,7 +244,7 @@ def plan_launches(
             "item_request": buffers.item_request,
             "COSTS": costs,
             "STEPS": steps,
-            "R": next_power_of_two(buffers.max_requests),
+            "BLOCK": REQUEST_BLOCK,
         },
     )
     tile_pages = max(1, token_tile(storage) // storage.shape.page_size)

@@ -6,9 +6,11 @@ that is not there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from sglang_pmkvq.kernels.storage import GroupStorage
@@ -87,6 +89,19 @@ def mantissa_bits(dtype: torch.dtype) -> int:
 
 def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
+
+
+def upload_rows(rows: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Host integer arrays of one length as int32 tensors on a device, in one transfer.
+
+    Each starts at a multiple of 16 bytes: Triton compiles a kernel anew for every combination of
+    aligned and unaligned pointers.
+    """
+    n = rows[0].size
+    host = np.zeros((len(rows), -(-n // 4) * 4), dtype=np.int32)
+    for i, row in enumerate(rows):
+        host[i, :n] = row
+    return tuple(row[:n] for row in upload(torch.from_numpy(host), device))
 
 
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -60,7 +60,12 @@ class GroupStorage:
         key_scale: fp32 ``[L, H, D]`` or None. Quantized tiers store K / s and queries are multiplied
             by s when those tiers are read; the 16-bit tier is never transformed.
         clipped_groups: int64 scalar on the device, (zero, range) pairs whose finite value did not
-            fit fp16 and was clamped, since the start. Reading it on the host synchronizes.
+            fit fp16 and was clamped, since the start.
+        dropped_rows: int64 scalar on the device, rows of a token in a layer that Triton's store did
+            not write because their page was unmapped or below 16 bits.
+        unmapped_reads: int64 scalar on the device, pages without a block that a plan in Triton met;
+            they read block 0. Both stay 0 as long as ledger and SGLang agree. Reading any of the
+            three on the host synchronizes.
     """
 
     shape: PageShape
@@ -73,6 +78,8 @@ class GroupStorage:
     table: torch.Tensor
     key_scale: torch.Tensor | None
     clipped_groups: torch.Tensor
+    dropped_rows: torch.Tensor
+    unmapped_reads: torch.Tensor
 
     @classmethod
     def allocate(
@@ -135,6 +142,8 @@ class GroupStorage:
             table=torch.full((arenas_n, num_pages + 1), UNMAPPED, dtype=torch.int32, device=device),
             key_scale=key_scale,
             clipped_groups=torch.zeros((), dtype=torch.int64, device=device),
+            dropped_rows=torch.zeros((), dtype=torch.int64, device=device),
+            unmapped_reads=torch.zeros((), dtype=torch.int64, device=device),
         )
 
     @property
@@ -207,9 +216,9 @@ class GroupStorage:
 
     @property
     def constant_bytes(self) -> int:
-        """Bytes of what does not depend on the number of pages: key scales, the clip counter."""
-        scale = 0 if self.key_scale is None else self.key_scale.numel() * self.key_scale.element_size()
-        return scale + self.clipped_groups.element_size()
+        """Bytes of what does not depend on the number of pages: key scales, counters."""
+        scale = 0 if self.key_scale is None else self.key_scale.nbytes
+        return scale + self.clipped_groups.nbytes + self.dropped_rows.nbytes + self.unmapped_reads.nbytes
 
 
 def allocate_pool(

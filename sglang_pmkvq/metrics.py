@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sglang_pmkvq.formats import TIERS
@@ -35,6 +36,8 @@ COUNTERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("shrinks", "Shrinks of a page's K or V in one layer group.", ("from", "to")),
     ("shrunk_bytes", "Bytes freed by shrinking.", ("from", "to")),
     ("overflow_groups", "Groups of channels with values beyond fp16, clamped at their first shrink.", ()),
+    ("dropped_rows", "New rows (a token in a layer) not stored, their page being unmapped or shrunk; must be 0.", ()),
+    ("unmapped_reads", "Pages without a block that attention met; must be 0.", ()),
     (
         "evict_requests",
         "Times cached pages were evicted to keep running requests at --pmkvq-min-active-bits.",
@@ -88,7 +91,8 @@ class MetricsReporter:
         for (old, new), count in stats.shrinks.items():
             self._count("shrinks", count, str(old), str(new))
             self._count("shrunk_bytes", stats.shrunk_bytes[old, new], str(old), str(new))
-        self._count("overflow_groups", self._pool.overflow_groups())
+        for name, count in asdict(self._pool.device_counts()).items():
+            self._count(name, count)
         self._count("evict_requests", stats.evict_requests)
 
     def _child(self, name: str, extra: tuple[str, ...]) -> Any:
@@ -142,6 +146,7 @@ class MetricsReporter:
             "bytes": {str(t): stats.block_bytes[t] for t in TIERS},
             "shrinks": {f"{a}->{b}": n for (a, b), n in stats.shrinks.items()},
             "evict_requests": stats.evict_requests,
+            **asdict(self._pool.device_counts()),
             "effective_bits": stats.effective_bits,
             "effective_bits_avg": stats.effective_bits_avg,
             "effective_bits_peak": stats.effective_bits_peak,

@@ -20,6 +20,26 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class DeviceCounts:
+    """What kernels counted since the start, over all layer groups.
+
+    Attributes:
+        overflow_groups: groups of channels with finite values beyond fp16, clamped at their first shrink.
+        dropped_rows: new rows (one token in one layer) that were not stored, for their page was unmapped or shrunk.
+        unmapped_reads: pages without a block that a plan of attention met.
+    """
+
+    overflow_groups: int
+    dropped_rows: int
+    unmapped_reads: int
+
+    @property
+    def lost(self) -> bool:
+        """Whether a row or a page was lost, which ledger and kernels must never let happen."""
+        return bool(self.dropped_rows or self.unmapped_reads)
+
+
+@dataclass(frozen=True)
 class PoolSetup:
     """What start-up decided about the pool.
 
@@ -132,7 +152,7 @@ class MixedPrecisionTokenPool(KVCache):
         }
         self._rows: list[torch.Tensor] = []
         self._rows_loc: torch.Tensor | None = None
-        self._overflow_warned = False
+        self._counts = DeviceCounts(0, 0, 0)
         used = self.storage_bytes()
         if used > setup.budget_bytes:
             raise ValueError(f"KV pool tensors take {used} bytes, the budget is {setup.budget_bytes}")
@@ -156,19 +176,29 @@ class MixedPrecisionTokenPool(KVCache):
         page_ops.execute_batch(self.storages, batch, self.backend)
         self._rows_loc = None
 
-    def overflow_groups(self) -> int:
-        """Groups of channels with finite values beyond fp16, clamped at their first shrink; waits for the device.
+    def device_counts(self) -> DeviceCounts:
+        """What the kernels counted since the start; waits for the device, once for all.
 
-        Warns at the first one.
+        Warns at the first value beyond fp16, and at CRITICAL at the first row that was not stored or page that was
+        read without a block: then answers are wrong.
         """
-        count = sum(int(storage.clipped_groups) for storage in self.storages)
-        if count and not self._overflow_warned:
-            self._overflow_warned = True
+        each = [(s.clipped_groups, s.dropped_rows, s.unmapped_reads) for s in self.storages]
+        counts = DeviceCounts(*torch.stack([torch.stack(row) for row in each]).sum(dim=0).tolist())
+        if counts.overflow_groups and not self._counts.overflow_groups:
             logger.warning(
                 "pmkvq: KV values beyond the fp16 range were clamped while shrinking; see %s",
                 "sglang:pmkvq_overflow_groups_total",
             )
-        return count
+        if counts.lost and not self._counts.lost:
+            logger.critical(
+                "pmkvq: %d new KV rows were not stored and %d pages without a block were read: answers are wrong, "
+                "restart the server and report this; see %s",
+                counts.dropped_rows,
+                counts.unmapped_reads,
+                "sglang:pmkvq_dropped_rows_total",
+            )
+        self._counts = counts
+        return counts
 
     def plan_writes(self, loc: torch.Tensor) -> None:
         """Resolve the slots of a forward to arena rows once, for all layers."""

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks import kernel_cases as kc
-from sglang_pmkvq.formats import PageShape
+from benchmarks import kernels
+from sglang_pmkvq.formats import LayerGroup, PageShape
 
 pytestmark = pytest.mark.slow
 
@@ -28,9 +29,16 @@ def test_dry_run_checks_every_part_and_times_nothing():
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")][1:]
     assert {row["part"] for row in rows} == {"decode", "extend", "shrink", "store", "plan"}
-    assert {row["mix"] for row in rows if row["part"] == "decode"} == set(kc.MIXES)
+    for part in ("decode", "extend"):
+        assert {row.get("mix") for row in rows if row["part"] == part} == {*kc.MIXES, None}
+        assert any(row.get("baseline") == "sglang_triton" for row in rows if row["part"] == part)
+    assert len({row["chunk"] for row in rows if row["part"] == "extend"}) == 2
+    assert {(row["source"], row["mix"]) for row in rows if row["part"] == "plan"} == {
+        ("slots", "mix"), ("slots", "k4v2"), ("dense", "mix")
+    }  # fmt: skip
+    assert len({row["tokens"] for row in rows if row["part"] == "store"}) == 3
     assert not any("p50_us" in row or "failed" in row for row in rows)
-    assert "baselines" in done.stdout.splitlines()[-1]
+    assert "FlashInfer needs a GPU" in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -54,6 +62,34 @@ def test_bytes_of_a_case_are_the_pools_own():
     token_head = {"all-16": 512, "all-8": 264, "all-4": 136, "all-2": 72}
     for name, each in token_head.items():
         assert kc.layer_bytes_of(shape, 3, 64, kc.MIXES[name]) == 3 * 64 * 2 * each
-    case = kc.make_case(shape, 2, 1600, kc.MIXES["mix"], 1, torch.bfloat16, torch.device("cpu"))
-    steps = (case.storage.table[0][case.req_pages.long()] & 3).flatten()
-    assert torch.bincount(steps).tolist() == [2 * n for n in kc.page_counts(100, kc.MIXES["mix"])]
+    # K at 16, 16, 8, 4 and V at 16, 8, 4, 2 bits: with (zero, range) where a side is below 16.
+    share = kc.page_counts(4, kc.Mix((4, 2), (0.25, 0.25, 0.25, 0.25)))
+    assert share == [1, 1, 1, 1]
+    got = kc.layer_bytes_of(shape, 1, 64, kc.Mix((4, 2), (0.25, 0.25, 0.25, 0.25)))
+    assert got == 16 * 2 * (256 + 256 + 256 + 132 + 132 + 68 + 68 + 36)
+    for name in ("mix", "k4v2"):
+        case = kc.make_case(shape, 2, 1600, kc.MIXES[name], 1, torch.bfloat16, torch.device("cpu"))
+        for table in case.storage.table:
+            steps = (table[case.req_pages.long()] & 3).flatten()
+            assert torch.bincount(steps).tolist() == [2 * n for n in kc.page_counts(100, kc.MIXES[name])]
+
+
+def test_a_group_ends_where_its_mix_does():
+    """A kernel holds the loops of all steps of its group: all-16 pages are timed in a group that stays at 16."""
+    for name, mix in kc.MIXES.items():
+        steps = LayerGroup((0,), *mix.finals).steps
+        assert len(mix.shares) == len(steps) and mix.shares[-1] > 0, name
+
+
+def test_the_request_table_of_a_case_names_its_pages():
+    case = kc.make_case(PageShape(16, 1, 64, 64), 3, 100, kc.MIXES["mix"], 1, torch.bfloat16, torch.device("cpu"))
+    source = kc.request_table(case)
+    assert source.rows is not None
+    assert torch.equal(source.values[source.rows][:, :: source.column_stride] // source.divisor, case.req_pages)
+
+
+def test_large_batches_extend_by_less_and_long_prefixes_by_little():
+    cells = kernels.attention_cells("extend", dry=False)
+    assert {cell["batch"] for cell in cells} == {1, 8, 32, 128}
+    assert {64, 2048} <= {cell["chunk"] for cell in cells if cell["tokens"] == 131072 and cell["batch"] == 1}
+    assert max(c["chunk"] for c in cells if c["batch"] == 128) < max(c["chunk"] for c in cells if c["batch"] == 8)

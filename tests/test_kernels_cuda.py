@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_pmkvq.formats import LayerGroup, PageShape
+from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, UNMAPPED, LayerGroup, PageShape
 from sglang_pmkvq.kernels import page_ops
 from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper
+from sglang_pmkvq.kernels.device_plan import PageSource
 from sglang_pmkvq.kernels.reference.inputs import copies, make_inputs
+from sglang_pmkvq.kernels.triton import decode, extend, pages, plan
+from sglang_pmkvq.kernels.warm_up import warm_up
+from tests.plan_checks import check_plan
 from tests.triton_checks import (
     DTYPES,
     FINALS,
@@ -20,8 +24,12 @@ from tests.triton_checks import (
     boundary_lens,
     check_decode,
     check_extend,
+    check_fenced,
+    fenced,
+    fill_adversarial,
     inputs_of,
     on_device,
+    same,
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -49,6 +57,79 @@ def test_copies_leave_the_bytes_of_the_torch_path(src, dst):
         metas = [s.meta[side] for s in storages]
         assert metas[0] is not None and metas[1] is not None
         assert torch.equal(metas[0].view(torch.int16), metas[1].cpu().view(torch.int16))
+
+
+@pytest.mark.parametrize("dst", [8, 4, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantizing_what_is_hard_to_quantize(dst, dtype):
+    """NaN, infinities, ties, constants, subnormals and values beyond fp16: bytes and counters as torch leaves them."""
+    inputs = make_inputs(
+        4, PageShape(16, 2, 128, 32), LayerGroup((0,), 2, 2), [16 * 6], steps=0, dtype=dtype, key_scale=True
+    )
+    fill_adversarial(inputs.storage, inputs.pages(0), dst)
+    storage, fence = fenced(on_device(inputs.storage, "cuda"))
+    pages = np.array(inputs.pages(0))
+    units = inputs.storage.table[0, torch.from_numpy(pages)].numpy() >> STEP_BITS
+    free = (inputs.storage.num_pages + 1) * UNITS_PER_SUPERBLOCK + np.arange(6) * UNITS_PER_SUPERBLOCK
+    for each in (inputs.storage, storage):
+        page_ops.execute(each, [copies(0, pages, units, free, 16, dst)])
+    check_fenced(fence)
+    assert same(inputs.storage, storage)
+    assert int(storage.clipped_groups) > 0
+
+
+@pytest.mark.parametrize("finals", [(4, 4), (4, 2), (16, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_store_rounds_and_writes_its_rows_only(finals, dtype):
+    """fp32 rows to nearest, ties to even; padded rows to page 0; shrunk, unmapped and foreign pages only counted."""
+    group = LayerGroup((0, 1), *finals)
+    inputs = make_inputs(5, PageShape(16, 3, 64, 64), group, [64], steps=[0, 1, 0, 0], dtype=dtype)
+    whole, shrunk, gone, other = inputs.pages(0)
+    inputs.storage.table[:, gone] = UNMAPPED
+    storage, fence = fenced(on_device(inputs.storage, "cuda"))
+    rows = torch.randn(7, 2, 3, 64)
+    rows[0], rows[1] = 1.0 + 2.0**-8, 1.0 + 2.0**-11  # halfway between two values of bf16 and of fp16
+    good = torch.tensor([whole * 16 + 1, other * 16 + 15, 0])
+    bad = torch.tensor([shrunk * 16, gone * 16 + 3, (inputs.storage.num_pages + 9) * 16, -5])
+    for layer in (0, 1):
+        page_ops.store(inputs.storage, layer, good, rows[:3, 0], rows[:3, 1])
+        page_ops.store(storage, layer, torch.cat([good, bad]).cuda(), rows[:, 0].cuda(), rows[:, 1].cuda())
+    check_fenced(fence)
+    assert same(inputs.storage, storage)
+    assert int(storage.dropped_rows) == 2 * bad.numel()
+
+
+@pytest.mark.parametrize(
+    "finals,shape", [((4, 2), (16, 2, 64, 32)), ((4, 4), (32, 1, 64, 64)), ((2, 8), (64, 1, 64, 64))]
+)
+def test_plan(finals, shape):
+    """Lists, schedule and sentinels; more chunks and requests than one program takes."""
+    p = shape[0]
+    lens = [1, p - 1, p, p + 1, 40 * p + 3, 700 * p + 1, 9000 * p - 1, *range(1, 300)]
+    inputs = make_inputs(1, PageShape(*shape), LayerGroup((0,), *finals), lens)
+    check_plan(inputs, lens, target=264, device="cuda")
+    check_plan(inputs, lens, target=9, q_len=[n % 3 for n in lens], device="cuda")
+
+
+def test_start_up_compiles_what_serving_launches():
+    """After ``warm_up`` a plan, a run and a copy of the real storage find their kernels compiled."""
+    inputs = inputs_of(9, (4, 2), SHAPES[0], torch.bfloat16, [40, 170, 5, 33])
+    storage = on_device(inputs.storage, "cuda")
+    warm_up(storage, 8)
+    kernels = [getattr(module, name) for module in (decode, extend, pages, plan) for name in vars(module)
+               if name.endswith("_kernel")]  # fmt: skip
+    device = torch.cuda.current_device()
+
+    def compiled() -> int:
+        return sum(len(kernel.device_caches[device][0]) for kernel in kernels)
+
+    before = compiled()
+    slots = (inputs.req_pages.clamp(0, storage.num_pages)[:, :, None] * 16 + torch.arange(16)).flatten(1).int().cuda()
+    source = PageSource(slots, torch.arange(4, device="cuda"), 16, 16)
+    wrapper = MixedKVDecodeWrapper()
+    wrapper.plan_source(storage, source, torch.tensor(inputs.kv_lens, device="cuda"))
+    wrapper.run(torch.randn(4, 8, 128, device="cuda").bfloat16(), 0, 0.1)
+    assert compiled() == before > 0
 
 
 def test_a_captured_decode_replays_later_plans():

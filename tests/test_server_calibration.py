@@ -109,8 +109,9 @@ def test_calibrated_equals_stock_while_nothing_shrinks(architecture: str, tmp_pa
     model, path = calibrated(architecture, tmp_path)
     prompts = [p[:n] for p, n in zip(random_prompts(7, 6, 320, 512), (1, 15, 16, 17, 100, 320), strict=True)]
     common = ["--disable-radix-cache", "--chunked-prefill-size", "2048", "--max-running-requests", "8", *COMMON]
-    with serve(model, [*common, "--pmkvq-calibration", str(path), "--pmkvq-pool-bytes", "64MiB"]) as server:
+    ours_args = [*common, "--pmkvq-calibration", str(path), "--pmkvq-pool-bytes", "64MiB"]
+    with serve(model, ours_args, device="cpu") as server:
         ours = answers(server, prompts, 48, 1)
         assert not server.pool()["shrinks"]
-    with serve(model, [*common, "--max-total-tokens", "20000"], quant=False) as server:
+    with serve(model, [*common, "--max-total-tokens", "20000"], quant=False, device="cpu") as server:
         assert ours == answers(server, prompts, 48, 1)

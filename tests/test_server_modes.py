@@ -1,4 +1,4 @@
-"""Several layer groups, mixed chunks, no overlap, forced retraction; and equality with stock over architectures."""
+"""On the CPU: several groups, mixed chunks, no overlap, forced retraction; equality with stock over architectures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_two_groups_under_pressure(flags: tuple[str, ...], env: dict[str, str]) 
         "--pmkvq-final-bits", "0-2:8,3-5:k4v2", "--pmkvq-pool-bytes", "8MiB", "--max-running-requests", "10",
         "--chunked-prefill-size", "256", "--pmkvq-window", "64", "--decode-log-interval", "8", *flags,
     ]  # fmt: skip
-    with serve(REASONER, args, env={**STRICT, **env}) as server:
+    with serve(REASONER, args, device="cpu", env={**STRICT, **env}) as server:
         assert [g["layers"] for g in server.pool()["groups"]] == [[0, 1, 2], [3, 4, 5]]
         bodies = [{"input_ids": p, "sampling_params": {"temperature": 0, "max_new_tokens": 1200}} for p in ids]
         out = generate_many(server, bodies, len(bodies))
@@ -114,15 +114,15 @@ def test_architectures_equal_stock_then_shrink(
     extra = ["--skip-tokenizer-init", "--context-length", "4096", "--dtype", "auto"]
     common = ["--disable-radix-cache", "--chunked-prefill-size", "2048", "--max-running-requests", "8", *extra]
     pages = ["--page-size", str(page_size)]
-    with serve(model, [*common, *pages, "--pmkvq-pool-bytes", "64MiB"]) as server:
+    with serve(model, [*common, *pages, "--pmkvq-pool-bytes", "64MiB"], device="cpu") as server:
         ours = answers(server, prompts, 48, 1)
         assert not server.pool()["shrinks"]
         token_bytes = server.pool()["budget_bytes"] / server.pool()["stock_tokens"]
-    with serve(model, [*common, "--max-total-tokens", "20000"], quant=False) as server:
+    with serve(model, [*common, "--max-total-tokens", "20000"], quant=False, device="cpu") as server:
         assert ours == answers(server, prompts, 48, 1)
     pool = str(int(1000 * token_bytes))
     tiny = ["--pmkvq-pool-bytes", pool, "--pmkvq-final-bits", "k4v2", "--chunked-prefill-size", "64"]
-    with serve(model, [*tiny, *pages, "--max-running-requests", "6", *extra], env=STRICT) as server:
+    with serve(model, [*tiny, *pages, "--max-running-requests", "6", *extra], device="cpu", env=STRICT) as server:
         bodies = [
             {"input_ids": p, "sampling_params": {"temperature": 0, "max_new_tokens": 120, "ignore_eos": True}}
             for p in random_prompts(8, 12, 200, 512)

@@ -138,6 +138,7 @@ def test_prometheus_agrees_with_the_ledger(server: Server) -> None:
     assert metrics[f"{prefix}shrinks_total{{from=16,to=8}}"] <= pool["shrinks"]["16->8"]
     assert metrics[f"{prefix}shrunk_bytes_total{{from=16,to=8}}"] > 0
     assert f"{prefix}protected_pages{{kind=hard}}" in metrics
+    assert metrics[f"{prefix}dropped_rows_total"] == metrics[f"{prefix}unmapped_reads_total"] == 0
     assert metrics["sglang:max_total_num_tokens"] == pool["logical_tokens"]
 
 

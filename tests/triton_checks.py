@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sglang_pmkvq.formats import SIDES, LayerGroup, PageShape
-from sglang_pmkvq.kernels import device_attention
+from sglang_pmkvq.kernels import device_attention, page_ops
 from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
 from sglang_pmkvq.kernels.reference import attention as reference
 from sglang_pmkvq.kernels.reference.inputs import Inputs, make_inputs
@@ -22,7 +22,7 @@ SHAPES = [
     (16, 2, 64, 32, 3),
     (32, 1, 256, 128, 8),
     (64, 1, 128, 64, 1),
-    (32, 2, 64, 64, 2),
+    (32, 3, 64, 64, 2),
     (16, 1, 256, 64, 16),
     (64, 1, 64, 64, 4),
     (16, 1, 128, 32, 5),
@@ -39,6 +39,8 @@ RELATIVE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Rounding q̃ to the dot dtype moves a score by its error times the range of the keys.
 LSE_ABSOLUTE = {torch.float16: 1e-2, torch.bfloat16: 1e-1}
 SENTINEL = 12288.0
+# Bytes on either side of a fenced tensor, a multiple of every alignment.
+FENCE = 4096
 
 
 def boundary_lens(p: int) -> list[int]:
@@ -60,8 +62,67 @@ def on_device(storage: GroupStorage, device: str) -> GroupStorage:
     scale = None if storage.key_scale is None else storage.key_scale.to(device)
     return dataclasses.replace(
         storage, arenas=arenas, meta=meta, table=storage.table.to(device), key_scale=scale,
-        clipped_groups=storage.clipped_groups.to(device),
+        clipped_groups=storage.clipped_groups.to(device), dropped_rows=storage.dropped_rows.to(device),
+        unmapped_reads=storage.unmapped_reads.to(device),
     )  # fmt: skip
+
+
+def fenced(storage: GroupStorage) -> tuple[GroupStorage, list[torch.Tensor]]:
+    """The same storage with arenas, side arrays, table and key scale between sentinel bytes; the fenced bytes."""
+    whole: list[torch.Tensor] = []
+
+    def inner(old: torch.Tensor | None) -> torch.Tensor | None:
+        if old is None:
+            return None
+        whole.append(torch.full((old.nbytes + 2 * FENCE,), 0xA5, dtype=torch.uint8, device=old.device))
+        return whole[-1][FENCE:-FENCE].view(old.dtype).view(old.shape).copy_(old)
+
+    fields = {"table": inner(storage.table), "key_scale": inner(storage.key_scale)}
+    fields |= {name: tuple(inner(t) for t in getattr(storage, name)) for name in ("arenas", "meta")}
+    return dataclasses.replace(storage, **fields), whole
+
+
+def check_fenced(whole: list[torch.Tensor]) -> None:
+    for memory in whole:
+        assert (memory[:FENCE] == 0xA5).all() and (memory[-FENCE:] == 0xA5).all(), "written outside a tensor"
+
+
+def adversarial(tokens: int, heads: int, dim: int, seed: int) -> torch.Tensor:
+    """Rows with constants, tiny and huge ranges, offsets, NaN, infinities and values beyond fp16."""
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, heads, dim, generator=gen)
+    x *= torch.exp2(torch.randint(-26, 16, (tokens, heads, 1), generator=gen).float())
+    x += torch.randn(tokens, heads, 1, generator=gen) * 100
+    x[::7] = x[::7, :, :1]
+    x[1::16, :, 3] = torch.nan
+    x[2::16, :, -1] = torch.inf
+    x[3::16, :, 0] = -torch.inf
+    x[4::16, :, 9] = 1e6
+    x[5::16] = -3e30
+    x[6::16, :, 0], x[6::16, :, 1] = -3e38, 3e38
+    x[8::16] = 0.0
+    x[9::16] = (torch.arange(dim).float() % 511) / 2  # ties of the first rounding
+    return x
+
+
+def fill_adversarial(storage: GroupStorage, pages: list[int], seed: int) -> None:
+    """Every row of some pages, by the torch path."""
+    p, h, d = storage.shape.page_size, storage.shape.num_kv_heads, storage.shape.head_dim
+    slots = (torch.tensor(pages)[:, None] * p + torch.arange(p)).flatten()
+    for layer in range(storage.num_layers):
+        kv = [adversarial(len(slots), h, d, seed + 2 * layer + side) for side in (0, 1)]
+        page_ops.store(storage, layer, slots, kv[0], kv[1], backend="torch")
+
+
+def snapshot(storage: GroupStorage) -> list[torch.Tensor]:
+    """Every tensor of a storage on the CPU; side arrays as bits, for stale ones hold NaN."""
+    meta = [m.view(torch.int16) for m in storage.meta if m is not None]
+    every = (*storage.arenas, *meta, storage.table, storage.clipped_groups, storage.unmapped_reads)
+    return [t.to("cpu", copy=True) for t in every]
+
+
+def same(a: GroupStorage, b: GroupStorage) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(snapshot(a), snapshot(b), strict=True))
 
 
 def relative_error(out: torch.Tensor, want: torch.Tensor) -> float:
@@ -102,7 +163,7 @@ def check_decode(inputs: Inputs, logit_cap: float = 0.0, device: str = "cpu") ->
     storage = on_device(inputs.storage, device)
     wrapper.plan(storage, inputs.req_pages.to(device), torch.tensor(inputs.kv_lens, device=device))
     plan = wrapper._device
-    assert plan is not None and plan.buffers is not None and int(plan.buffers.unmapped) == 0
+    assert plan is not None and plan.buffers is not None and int(storage.unmapped_reads) == 0
     q = inputs.q.to(device, dtype)
     for layer in range(inputs.storage.num_layers):
         out, lse = run_guarded(wrapper, q, layer, scale, logit_cap)

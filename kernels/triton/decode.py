@@ -5,7 +5,7 @@ import triton.language as tl
 from sglang_pmkvq.kernels.triton.attend import LN2, attend_step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def decode_kernel(
     q, q_stride_t, q_stride_h,
     part_out, part_lse,  # fp32 [items, Hq, D], [items, Hq] natural log

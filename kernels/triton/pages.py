@@ -9,14 +9,17 @@ FP16_MAX = tl.constexpr(65504.0)
 ROUNDER = tl.constexpr(12582912.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride", "num_pages"],
+    do_not_specialize_on_alignment=["slots", "table"],
+)
 def store_kernel(
     slots, k, v, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    k16, v16, table, table_stride, num_pages,
+    k16, v16, table, table_stride, num_pages, dropped,
     H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, ARENAS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Row of token ``program`` into its 16-bit page. Slots of other pages are not written at all."""
+    """Row of token ``program`` into its 16-bit page. Slots of other pages are counted and not written."""
     token = tl.program_id(0)
     slot = tl.load(slots + token).to(tl.int64)
     page = slot // P
@@ -27,6 +30,8 @@ def store_kernel(
         v_entry = tl.load(table + table_stride + page, mask=known, other=-1)
     # The step sits in the low two bits of an entry, and an unmapped entry has all bits set.
     writable = ((k_entry | v_entry) & 3) == 0
+    if not writable:
+        tl.atomic_add(dropped, tl.full((), 1, dtype=tl.int64))
     h = tl.arange(0, ROWS)
     d = tl.arange(0, D)
     ok = (h < H)[:, None] & writable
@@ -107,7 +112,7 @@ def narrow(src, dst, SRC: tl.constexpr, DST: tl.constexpr, BYTES: tl.constexpr, 
     tl.store(dst + n, out.to(tl.uint8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def copy_kernel(
     commands, count,  # int32 [5, count]: page, source unit, destination unit, source tier, destination tier
     values0, bytes0, meta0, scale0, values1, bytes1, meta1, clipped,
@@ -171,10 +176,10 @@ def copy_kernel(
         narrow(src + head * (P * D // 2), dst + head * (P * D // 4), 4, 2, P * D // 4, D // 4)
 
 
-@triton.jit
-def table_kernel(pages, entries, table, count, BLOCK: tl.constexpr):
-    """table[pages[i]] = entries[i]; each page at most once."""
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["table"])
+def table_kernel(updates, count, table, BLOCK: tl.constexpr):
+    """table[page] = entry for updates int32 [2, count]: pages, then entries; each page at most once."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < count
-    page = tl.load(pages + i, mask=ok, other=0)
-    tl.store(table + page, tl.load(entries + i, mask=ok, other=0), mask=ok)
+    page = tl.load(updates + i, mask=ok, other=0)
+    tl.store(table + page, tl.load(updates + count + i, mask=ok, other=0), mask=ok)

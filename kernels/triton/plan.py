@@ -4,6 +4,12 @@ Two passes over (request, chunk of page columns), count and scatter, so the work
 pages; a scan of at most a few hundred counts joins them. The order of positions is kept within a
 step, so a partial last page is the last entry of its step, and a step's tokens are a prefix of its
 pages' slots. Nothing here waits for the host and every output has a fixed address.
+
+Where the pages of a request stand is read once, by the count pass: SGLang may rewrite a request's row
+on another stream while the plan is made, and two passes that disagree would leave lists with holes.
+
+Integers that change from step to step are not specialized on, nor is the alignment of what SGLang
+hands over: one compiled kernel per configuration serves every batch.
 """
 
 import triton
@@ -11,76 +17,81 @@ import triton.language as tl
 
 
 @triton.jit
-def read_entries(
-    source, rows, source_stride, column_stride, request, table, columns, mine, num_pages, DIVISOR: tl.constexpr
+def request_pages(kv_lens, request, list_stride, P: tl.constexpr):
+    """(tokens, pages) of a request, never more than its row of the lists holds."""
+    length = tl.minimum(tl.load(kv_lens + request).to(tl.int32), list_stride * P)
+    return length, tl.cdiv(length, P)
+
+
+@triton.jit(
+    do_not_specialize=["source_stride", "num_pages", "chunks"],
+    do_not_specialize_on_alignment=["source", "rows", "kv_lens", "table"],
+)
+def count_kernel(
+    source, rows, source_stride, column_stride, kv_lens, table, num_pages, chunks,
+    page_ids, list_stride, counts, unmapped,
+    P: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, DIVISOR: tl.constexpr,
 ):  # fmt: skip
-    """Logical pages of a request at columns, and their table entries of arena 0 (−1: none)."""
+    """counts [R, chunks, STEPS]: pages per step in each chunk. Pages without a block are counted apart.
+
+    page_ids [R, list_stride]: logical page of each column, -1 where there is none.
+    """
+    request = tl.program_id(0)
+    chunk = tl.program_id(1)
+    _, owned = request_pages(kv_lens, request, list_stride, P)
+    columns = chunk * CHUNK + tl.arange(0, CHUNK)
+    mine = columns < owned
     row = request if rows is None else tl.load(rows + request)
     at = row.to(tl.int64) * source_stride + columns.to(tl.int64) * column_stride
     page = (tl.load(source + at, mask=mine, other=0) // DIVISOR).to(tl.int32)
     known = mine & (page >= 0) & (page <= num_pages)
-    page = tl.where(known, page, 0)
+    page = tl.where(known, page, -1)
+    tl.store(page_ids + request.to(tl.int64) * list_stride + columns, page, mask=mine)
     entry = tl.load(table + page, mask=known, other=-1)
-    return page, entry
-
-
-@triton.jit
-def count_kernel(
-    source, rows, source_stride, column_stride, kv_lens, table, num_pages, chunks,
-    counts, unmapped,
-    P: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, DIVISOR: tl.constexpr,
-):  # fmt: skip
-    """counts [R, chunks, STEPS]: pages per step in each chunk. Unmapped pages are counted apart."""
-    request = tl.program_id(0)
-    chunk = tl.program_id(1)
-    length = tl.load(kv_lens + request).to(tl.int32)
-    columns = chunk * CHUNK + tl.arange(0, CHUNK)
-    mine = columns < tl.cdiv(length, P)
-    page, entry = read_entries(
-        source, rows, source_stride, column_stride, request, table, columns, mine, num_pages, DIVISOR
-    )  # fmt: skip
     bad = tl.sum((mine & (entry < 0)).to(tl.int32), axis=0)
     if bad > 0:
-        tl.atomic_add(unmapped, bad)
+        tl.atomic_add(unmapped, bad.to(tl.int64))
     step = tl.where(entry < 0, 0, entry & 3)
     for s in tl.static_range(STEPS):
         n = tl.sum((mine & (step == s)).to(tl.int32), axis=0)
         tl.store(counts + (request * chunks + chunk) * STEPS + s, n)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride", "chunks"],
+    do_not_specialize_on_alignment=["kv_lens", "table"],
+)
 def scatter_kernel(
-    source, rows, source_stride, column_stride, kv_lens, table, table_stride, num_pages, chunks,
-    counts, pages, k_units, v_units, cols, list_stride, tier_indptr, tier_tokens,
-    P: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, ARENAS: tl.constexpr,
-    DIVISOR: tl.constexpr,
+    page_ids, list_stride, kv_lens, table, table_stride, chunks,
+    counts, pages, k_units, v_units, cols, tier_indptr, tier_tokens,
+    P: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ARENAS: tl.constexpr,
 ):  # fmt: skip
     """Pages, units and columns to their place; the first chunk also writes a request's bounds."""
     request = tl.program_id(0)
     chunk = tl.program_id(1)
-    length = tl.load(kv_lens + request).to(tl.int32)
-    owned = tl.cdiv(length, P)
+    length, owned = request_pages(kv_lens, request, list_stride, P)
     columns = chunk * CHUNK + tl.arange(0, CHUNK)
     mine = columns < owned
-    page, entry = read_entries(
-        source, rows, source_stride, column_stride, request, table, columns, mine, num_pages, DIVISOR
-    )  # fmt: skip
+    page_ids += request.to(tl.int64) * list_stride
+    page = tl.load(page_ids + columns, mask=mine, other=-1)
+    entry = tl.load(table + page, mask=page >= 0, other=-1)
     mapped = entry >= 0
     step = tl.where(mapped, entry & 3, 0)
 
-    tail_column = tl.maximum(owned - 1, 0)
-    _, tail_entry = read_entries(
-        source, rows, source_stride, column_stride, request, table, tail_column, length > 0, num_pages, DIVISOR
-    )  # fmt: skip
+    tail_page = tl.load(page_ids + owned - 1, mask=owned > 0, other=-1)
+    tail_entry = tl.load(table + tail_page, mask=tail_page >= 0, other=-1)
     tail_step = tl.where(tail_entry < 0, 0, tail_entry & 3)
 
-    c = tl.arange(0, CHUNKS)
     to = tl.zeros((CHUNK,), dtype=tl.int32)
     start = tl.zeros((), dtype=tl.int32)
     for s in tl.static_range(STEPS):
-        n = tl.load(counts + (request * chunks + c) * STEPS + s, mask=c < chunks, other=0)
-        all_pages = tl.sum(n, axis=0)
-        here = tl.sum(tl.where(c < chunk, n, 0), axis=0)
+        all_pages = tl.zeros((), dtype=tl.int32)
+        here = tl.zeros((), dtype=tl.int32)
+        for c0 in range(0, chunks, BLOCK):
+            c = c0 + tl.arange(0, BLOCK)
+            n = tl.load(counts + (request * chunks + c) * STEPS + s, mask=c < chunks, other=0)
+            all_pages += tl.sum(n, axis=0)
+            here += tl.sum(tl.where(c < chunk, n, 0), axis=0)
         own = mine & (step == s)
         rank = tl.cumsum(own.to(tl.int32), axis=0) - 1
         to = tl.where(own, start + here + rank, to)
@@ -93,7 +104,7 @@ def scatter_kernel(
         tl.store(tier_indptr + request * (STEPS + 1) + STEPS, start)
 
     at = request.to(tl.int64) * list_stride + to
-    tl.store(pages + at, page, mask=mine)
+    tl.store(pages + at, tl.maximum(page, 0), mask=mine)
     tl.store(k_units + at, tl.where(mapped, entry >> 2, 0), mask=mine)
     if ARENAS == 2:
         other = tl.load(table + table_stride + page, mask=mine & mapped, other=0)
@@ -103,19 +114,9 @@ def scatter_kernel(
 
 
 @triton.jit
-def schedule_kernel(
-    tier_indptr, q_len, num_requests, target_items, min_work,
-    split_indptr, item_request,
-    COSTS: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """Splits per request in proportion to its work, and the request of each item. One program.
-
-    With W = Σ work, a split takes max(⌈W/target⌉, min_work), so there are at most R + target items.
-    Requests of other than one query (extend) get none; ``q_len`` None: all have one.
-    """
-    r = tl.arange(0, R)
-    ok = r < num_requests
-    work = tl.zeros((R,), dtype=tl.int64)
+def work_of(tier_indptr, q_len, r, ok, COSTS: tl.constexpr, STEPS: tl.constexpr):
+    """(cost of the pages of requests r, whether they get items); int64, bool."""
+    work = tl.zeros(r.shape, dtype=tl.int64)
     for s in tl.static_range(STEPS):
         begin = tl.load(tier_indptr + r * (STEPS + 1) + s, mask=ok, other=0)
         end = tl.load(tier_indptr + r * (STEPS + 1) + s + 1, mask=ok, other=0)
@@ -123,16 +124,39 @@ def schedule_kernel(
     active = ok
     if q_len is not None:
         active = ok & (tl.load(q_len + r, mask=ok, other=0) == 1)
-    work = tl.where(active, work, 0)
-    per_split = tl.maximum(tl.cdiv(tl.sum(work, axis=0), target_items), min_work)
-    splits = tl.where(active, tl.maximum(tl.cdiv(work, per_split), 1), 0).to(tl.int32)
-    end = tl.cumsum(splits, axis=0)
-    begin = end - splits
-    tl.store(split_indptr + r, begin, mask=ok)
-    tl.store(split_indptr + num_requests, tl.sum(splits, axis=0))
-    most = tl.max(splits, axis=0)
-    for i in range(most):
-        tl.store(item_request + begin + i, r, mask=i < splits)
+    return tl.where(active, work, 0), active
+
+
+@triton.jit(do_not_specialize=["num_requests", "target_items"])
+def schedule_kernel(
+    tier_indptr, q_len, num_requests, target_items, min_work,
+    split_indptr, item_request,
+    COSTS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Splits per request in proportion to its work, and the request of each item. One program.
+
+    With W = Σ work, a split takes max(⌈W/target⌉, min_work), so there are at most R + target items.
+    Requests of other than one query (extend) get none; ``q_len`` None: all have one. BLOCK requests
+    at a time, so that the number of requests is no part of what is compiled.
+    """
+    total = tl.zeros((), dtype=tl.int64)
+    for r0 in range(0, num_requests, BLOCK):
+        r = r0 + tl.arange(0, BLOCK)
+        work, _ = work_of(tier_indptr, q_len, r, r < num_requests, COSTS, STEPS)
+        total += tl.sum(work, axis=0)
+    per_split = tl.maximum(tl.cdiv(total, target_items), min_work)
+    items = tl.zeros((), dtype=tl.int32)
+    for r0 in range(0, num_requests, BLOCK):
+        r = r0 + tl.arange(0, BLOCK)
+        ok = r < num_requests
+        work, active = work_of(tier_indptr, q_len, r, ok, COSTS, STEPS)
+        splits = tl.where(active, tl.maximum(tl.cdiv(work, per_split), 1), 0).to(tl.int32)
+        begin = items + tl.cumsum(splits, axis=0) - splits
+        tl.store(split_indptr + r, begin, mask=ok)
+        for i in range(tl.max(splits, axis=0)):
+            tl.store(item_request + begin + i, r, mask=i < splits)
+        items += tl.sum(splits, axis=0)
+    tl.store(split_indptr + num_requests, items)
 
 
 @triton.jit
@@ -145,7 +169,7 @@ def share(x, before, cost: tl.constexpr, count, ALIGN: tl.constexpr):
     return tl.minimum(tl.cdiv(tl.maximum(x - before, 0), cost * ALIGN) * ALIGN, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def ranges_kernel(
     tier_indptr, tier_tokens, split_indptr, item_request, num_requests, item_first, item_tokens,
     COSTS: tl.constexpr, STEPS: tl.constexpr, ALIGN: tl.constexpr, P: tl.constexpr,

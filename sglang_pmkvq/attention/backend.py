@@ -1,12 +1,15 @@
 """SGLang's attention backend over the mixed-precision wrappers: plan once per forward, run per layer.
 
-On CUDA the plan is made on the device, outside any graph, in ``init_forward_metadata_out_graph``: it reads
+On CUDA every kernel is compiled when the backend is built, so that no forward waits for the compiler, and the
+plan is made on the device, outside any graph, in ``init_forward_metadata_out_graph``: it reads
 SGLang's request table and our page table, which later steps overwrite. A captured decode graph holds only the
 buffers that the plan fills.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     from sglang_pmkvq.kernels.device_plan import PageSource
+
+logger = logging.getLogger(__name__)
 
 
 class PmkvqAttnBackend(AttentionBackend):
@@ -51,6 +56,20 @@ class PmkvqAttnBackend(AttentionBackend):
         # The wrappers of decode graphs, with buffers of their own that never move; None without graphs.
         self._graph_decode: list[MixedKVDecodeWrapper] | None = None
         self._active_decode = self._decode
+        if self._triton:
+            self._compile_kernels(runner)
+
+    def _compile_kernels(self, runner: ModelRunner) -> None:
+        """Compile what serving will launch, or load it from Triton's cache: a forward must not wait for it."""
+        from sglang.srt.layers.radix_attention import RadixAttention
+
+        from sglang_pmkvq.kernels.warm_up import warm_up
+
+        start = time.monotonic()
+        caps = {float(layer.logit_cap) for layer in runner.model.modules() if isinstance(layer, RadixAttention)}
+        for storage in self.token_to_kv_pool.storages:
+            warm_up(storage, self._query_heads, caps or {0.0}, self.req_to_token_pool.req_to_token.dtype)
+        logger.info("pmkvq: kernels ready in %.1f s", time.monotonic() - start)
 
     def _decode_wrappers(self) -> list[MixedKVDecodeWrapper]:
         pool = self.token_to_kv_pool

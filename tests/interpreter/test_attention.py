@@ -35,9 +35,10 @@ from tests.triton_checks import (
 FULL = list(product(FINALS, SHAPES, DTYPES))
 
 
-@pytest.mark.parametrize("finals,shape,dtype", SAMPLE)
-def test_decode_of_random_mixes(finals, shape, dtype):
-    check_decode(inputs_of(shape[2] + finals[0], finals, shape, dtype, boundary_lens(shape[0])))
+@pytest.mark.parametrize("index,case", list(enumerate(SAMPLE)))
+def test_decode_of_random_mixes(index, case):
+    finals, shape, dtype = case
+    check_decode(inputs_of(index, finals, shape, dtype, boundary_lens(shape[0]), key_scale=index % 3 > 0))
 
 
 @pytest.mark.full
@@ -48,11 +49,13 @@ def test_decode_matrix(finals, shape, dtype):
     check_decode(inputs_of(shape[1] + finals[1] + 1, finals, shape, dtype, lens), logit_cap=3.0)
 
 
-@pytest.mark.parametrize("finals,shape,dtype", SAMPLE[::2])
-def test_extend_of_random_mixes(finals, shape, dtype):
-    p = shape[0]
-    lens, prefix = [1, p + 3, 2 * p, 2 * p + 5], [0, p - 2, 2 * p - 1, 2 * p + 1]
-    check_extend(inputs_of(shape[2] + finals[0] + 1, finals, shape, dtype, lens), prefix)
+@pytest.mark.parametrize("index,case", list(enumerate(SAMPLE[::2])))
+def test_extend_of_random_mixes(index, case):
+    """Both dtypes, with and without key scale; a request of one query among the chunks, and a first token."""
+    finals, shape, _ = case
+    p, dtype = shape[0], DTYPES[index % 2]
+    lens, prefix = [1, p - 1, p, p + 1, 2 * p + 5], [0, p - 4, p - 3, p, 2 * p - 1]
+    check_extend(inputs_of(index, finals, shape, dtype, lens, key_scale=index % 3 > 0), prefix)
 
 
 @pytest.mark.full
@@ -110,13 +113,15 @@ def test_error_against_unquantized_values_is_that_of_the_width():
     shape=st.sampled_from(SHAPES),
     dtype=st.sampled_from(DTYPES),
     lens=st.lists(st.integers(1, 120), min_size=1, max_size=4),
+    key_scale=st.booleans(),
+    logit_cap=st.sampled_from([0.0, 2.0, 30.0]),
     data=st.data(),
 )
-def test_any_mix_of_steps_and_lengths(seed, finals, shape, dtype, lens, data):
-    inputs = inputs_of(seed, finals, shape, dtype, lens)
-    check_decode(inputs)
+def test_any_mix_of_steps_and_lengths(seed, finals, shape, dtype, lens, key_scale, logit_cap, data):
+    inputs = inputs_of(seed, finals, shape, dtype, lens, key_scale=key_scale)
+    check_decode(inputs, logit_cap)
     if data.draw(st.booleans()):
-        check_extend(inputs, [max(data.draw(st.integers(0, n)), n - 3) for n in lens])
+        check_extend(inputs, [max(data.draw(st.integers(0, n)), n - 3) for n in lens], logit_cap)
 
 
 def test_foreign_bytes_do_not_reach_a_request():
@@ -219,7 +224,7 @@ def test_plan_and_run_keep_their_buffers():
         k, v = reference_of(inputs, 0, r)
         expected, _ = reference.attention(inputs.q[r : r + 1].half(), k, v, 0.125)
         assert relative_error(want[r], expected[0]) < 2e-3
-    with pytest.raises(ValueError, match="reserved for 6 requests of 8 pages, got 7 of 6"):
+    with pytest.raises(ValueError, match="reserved for 6 requests of 16 pages, got 7 of 6"):
         wrapper.plan(inputs.storage, pages[[0] * 7, :8], torch.tensor([1] * 7))
 
 

@@ -6,25 +6,39 @@ padded rows are harmless, and that the pool's writes resolve slots in the kernel
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from sglang.srt.layers.radix_attention import AttentionType
+from prometheus_client import REGISTRY
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from benchmarks import kernels_aot
+from sglang_pmkvq.allocator import PmkvqAllocator
 from sglang_pmkvq.attention.backend import PmkvqAttnBackend
-from sglang_pmkvq.commands import CommandBatch, TableUpdate
+from sglang_pmkvq.commands import ArenaCopies, CommandBatch, TableUpdate
 from sglang_pmkvq.config import Limits
-from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, PageShape, geometry_for_pages, groups_from_finals
+from sglang_pmkvq.formats import (
+    STEP_BITS,
+    UNITS_PER_SUPERBLOCK,
+    UNMAPPED,
+    PageShape,
+    geometry_for_pages,
+    groups_from_finals,
+)
+from sglang_pmkvq.kernels.launch import Launch
 from sglang_pmkvq.kernels.reference import attention as reference
 from sglang_pmkvq.kernels.reference.inputs import copies
 from sglang_pmkvq.ledger import PolicyConfig
+from sglang_pmkvq.metrics import MetricsReporter
 from sglang_pmkvq.pool import MixedPrecisionTokenPool, PoolSetup
 from tests.triton_checks import relative_error
 
@@ -33,26 +47,41 @@ SCALE = D**-0.5
 LAYERS = 3  # layers 0 and 2 end at (4, 4), layer 1 at (8, 8)
 
 
-@pytest.fixture
-def backend(monkeypatch) -> PmkvqAttnBackend:
+Key = tuple[str, tuple[tuple[str, object], ...]]
+
+
+def make_backend(monkeypatch: pytest.MonkeyPatch, finals: list[tuple[int, int]], scales=None) -> PmkvqAttnBackend:
     """A backend over a pool of 12 mapped 16-bit pages; the last superblocks are free."""
     monkeypatch.setattr(MixedPrecisionTokenPool, "backend", "triton")
-    groups = groups_from_finals([(4, 4), (8, 8), (4, 4)])
+    groups = groups_from_finals(finals)
     geometry = geometry_for_pages(PageShape(P, H, D, D), groups, 12, 12)
-    setup = PoolSetup(geometry, PolicyConfig(), Limits(4, 64, 12), geometry.total_bytes, 100)
-    pool = MixedPrecisionTokenPool(setup, 12 * P, P, torch.bfloat16, H, D, LAYERS, "cpu", False)
+    setup = PoolSetup(
+        geometry, PolicyConfig(), Limits(4, 64, 12), geometry.total_bytes, 100, key_scales=scales
+    )
+    pool = MixedPrecisionTokenPool(setup, 12 * P, P, torch.bfloat16, H, D, len(finals), "cpu", False)
     pages = np.arange(13, dtype=np.int32)
-    table = tuple(TableUpdate(g, 0, pages, pages * UNITS_PER_SUPERBLOCK << STEP_BITS) for g in range(2))
+    table = tuple(
+        TableUpdate(g, arena, pages, pages * UNITS_PER_SUPERBLOCK << STEP_BITS)
+        for g, group in enumerate(groups)
+        for arena in range(len(group.arena_sides))
+    )
     pool.execute(CommandBatch(table=table))
     req_to_token = torch.zeros(5, 8 * P, dtype=torch.int32)
+    layers = [RadixAttention(HQ, D, SCALE, H, layer) for layer in range(len(finals))]
     runner = SimpleNamespace(
         token_to_kv_pool=pool,
         req_to_token_pool=SimpleNamespace(req_to_token=req_to_token),
         device="cpu",
+        model=torch.nn.ModuleList(layers),
         model_config=SimpleNamespace(num_attention_heads=2 * HQ),
         tp_size=2,
     )
     return PmkvqAttnBackend(runner)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def backend(monkeypatch) -> PmkvqAttnBackend:
+    return make_backend(monkeypatch, [(4, 4), (8, 8), (4, 4)])
 
 
 def layer_of(index: int) -> SimpleNamespace:
@@ -141,7 +170,7 @@ def test_extend_then_decode_through_graph_buffers(backend):
                 assert relative_error(out[i], expected[0]) < 1e-2
             assert out.isfinite().all()
     assert [w._device.buffers.pages.data_ptr() for w in backend._graph_decode] == buffers
-    assert all(int(w._device.buffers.unmapped) == 0 for w in backend._graph_decode)
+    assert all(int(storage.unmapped_reads) == 0 for storage in backend.token_to_kv_pool.storages)
 
 
 def test_eager_decode_does_not_touch_graph_buffers(backend):
@@ -160,3 +189,108 @@ def test_eager_decode_does_not_touch_graph_buffers(backend):
     assert relative_error(out, want(backend, 1, q, [4, 6], 20)) < 1e-2
     assert all(torch.equal(w._device.buffers.pages, b) for w, b in zip(backend._graph_decode, before, strict=True))
     assert backend.get_cuda_graph_seq_len_fill_value() == 1
+
+
+def test_lost_rows_and_pages_are_counted_and_loud_once(backend, caplog):
+    """A store to a page that has shrunk, a plan over a page without a block: counters, metrics, one CRITICAL line."""
+    pool = backend.token_to_kv_pool
+    assert dataclasses.asdict(pool.device_counts()) == {"overflow_groups": 0, "dropped_rows": 0, "unmapped_reads": 0}
+    assert not caplog.records
+    allocator = PmkvqAllocator(pool.setup.tokens, P, torch.bfloat16, "cpu", pool, False, max_requests=4)
+    metrics = MetricsReporter(pool.setup, allocator.ledger, pool)
+    free = pool.storages[0].superblocks[0] * UNITS_PER_SUPERBLOCK
+    shrink(backend, 0, 3, 1, free - 8)
+    rows = torch.ones(2, H, D).bfloat16()
+    for layer in range(LAYERS):  # page 3 has shrunk for layers 0 and 2
+        pool.set_kv_buffer(layer_of(layer), torch.tensor([3 * P, 4 * P]), rows, rows)
+    pool.storages[1].table[0, 5] = UNMAPPED
+    assign(backend, 1, [4, 5], 20)
+    backend.init_forward_metadata(batch_of(ForwardMode.DECODE, [1], [20], slots_of([5], 4)[-1:]))
+    for _ in range(2):
+        state = metrics.state()
+        assert (state["dropped_rows"], state["unmapped_reads"]) == (2, 1)
+    critical = [r for r in caplog.records if r.levelname == "CRITICAL"]
+    assert len(critical) == 1
+    assert "2 new KV rows were not stored and 1 pages" in critical[0].getMessage()
+    metrics.attach({"model_name": "m"})
+    assert REGISTRY.get_sample_value("sglang:pmkvq_dropped_rows_total", {"model_name": "m"}) == 2
+    assert REGISTRY.get_sample_value("sglang:pmkvq_unmapped_reads_total", {"model_name": "m"}) == 1
+
+
+class Launches:
+    """Keeps what each launch would be compiled for; runs it as long as ``really``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.keys: set[Key] = set()
+        self.really = True
+        original = Launch.run
+
+        def run(launch: Launch) -> None:
+            if min(launch.grid) > 0:
+                options = tuple(launch.options.items())
+                self.keys.add((launch.kernel.__name__, (*kernels_aot.specialization(launch), *options)))
+            if self.really:
+                original(launch)
+
+        monkeypatch.setattr(Launch, "run", run)
+
+    def take(self) -> set[Key]:
+        keys, self.keys = self.keys, set()
+        return keys
+
+
+def test_start_up_compiles_all_that_serving_launches(monkeypatch):
+    """Over batches, lengths, chunks and command counts: a kernel has one key per group, and start-up has seen it.
+
+    Keys are Triton's own. What SGLang hands over is as it does: slices at any offset, K and V inside a QKV row.
+    """
+    launches = Launches(monkeypatch)
+    finals = [(4, 4), (4, 2), (2, 8), (16, 4), (16, 16)]
+    scales = (None, torch.ones(1, H, D), None, None, None)
+    backend = make_backend(monkeypatch, finals, scales)
+    warm = launches.take()
+    launches.really = False  # from here on only the arguments matter
+    pool, longest = backend.token_to_kv_pool, 1100 * P
+    backend.req_to_token_pool.req_to_token = torch.zeros(32, longest, dtype=torch.int32)
+    backend.init_cuda_graph_state(17, 17)
+
+    def forward(call, wrapped_batch, tokens: int) -> None:
+        for layer in range(len(finals)):
+            q, k, v = torch.zeros(tokens, (HQ + 2 * H) * D).bfloat16().split([HQ * D, H * D, H * D], dim=-1)
+            call(q, k, v, layer_of(layer), wrapped_batch)
+
+    for n in range(1, 18):
+        rows, lens = list(range(1, n + 1)), [min(1 + 61 * n * i + n, longest) for i in range(n)]
+        start = n % 3  # a slice of a longer tensor starts anywhere
+        decode = batch_of(ForwardMode.DECODE, rows, lens, torch.zeros(n + start, dtype=torch.int64)[start:])
+        decode.req_pool_indices = torch.tensor([0] * start + rows)[start:]
+        decode.seq_lens = torch.tensor([0] * start + lens)[start:]
+        backend.init_forward_metadata(decode)
+        forward(backend.forward_decode, decode, n)
+        if n % 4 == 0:
+            backend.init_forward_metadata_out_graph(decode)
+            forward(backend.forward_decode, decode, n)
+        for mode, chunk in ((ForwardMode.EXTEND, 2 + 7 * n), (ForwardMode.MIXED, 3)):
+            # In a mixed batch all requests but the first are of one query.
+            many = n if mode == ForwardMode.EXTEND else 1
+            queries = [min(length, chunk) if i < many else 1 for i, length in enumerate(lens)]
+            prefix = [a - b for a, b in zip(lens, queries, strict=True)]
+            extend = batch_of(mode, rows, lens, torch.zeros(sum(queries), dtype=torch.int64), prefix=prefix)
+            backend.init_forward_metadata(extend)
+            forward(backend.forward_extend, extend, sum(queries))
+        some = np.arange(n) % 12 + 1
+        for g, group in enumerate(pool.setup.groups):
+            for arena in range(len(group.arena_sides)):
+                tier = np.full(n, group.final_of(group.arena_sides[arena][0]), dtype=np.uint8)
+                source = (some * UNITS_PER_SUPERBLOCK).astype(np.int32)
+                copy = ArenaCopies(g, arena, some.astype(np.int32), source, source, np.full_like(tier, 16), tier)
+                pool.execute(CommandBatch(((copy,),), (TableUpdate(g, arena, some, source),)))
+    served = launches.take()
+    assert served <= warm, {name for name, _ in served - warm}
+    count = Counter(name for name, _ in served)
+    # The five groups differ in tiers, which decode and extend are compiled for. The plan knows steps and arenas, and
+    # tells decode's int64 lengths from extend's; copies know the lowest tier of an arena and whether it has scales.
+    expected = {"decode_kernel": 5, "extend_kernel": 5, "merge_kernel": 1, "store_kernel": 2, "table_kernel": 1}
+    expected |= {"copy_kernel": 5, "count_kernel": 2 * 3, "scatter_kernel": 2 * 4}
+    assert {name: count[name] for name in expected} == expected
+    assert served == warm

@@ -6,6 +6,7 @@ pools mean equal codes, zeros and ranges, and that nothing else was written.
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import product
 
 import numpy as np
@@ -18,8 +19,8 @@ from sglang_pmkvq.commands import ArenaCopies, CommandBatch, TableUpdate
 from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, UNMAPPED, LayerGroup, PageShape, tier_units
 from sglang_pmkvq.kernels import page_ops
 from sglang_pmkvq.kernels.reference.inputs import Inputs, copies, make_inputs
-from sglang_pmkvq.kernels.storage import GroupStorage
 from tests.kernel_checks import check_page_layout
+from tests.triton_checks import check_fenced, fenced, fill_adversarial, same
 
 PAIRS = [(16, 16), (8, 8), (4, 4), (2, 2), (16, 8), (16, 4), (16, 2), (8, 4), (8, 2), (4, 2)]
 # page size, KV heads, head dim, channels per group
@@ -27,44 +28,8 @@ SHAPES = [(16, 2, 64, 32), (16, 1, 128, 128), (32, 3, 64, 64), (16, 1, 256, 64),
 DTYPES = [torch.bfloat16, torch.float16]
 
 
-def snapshot(storage: GroupStorage) -> list[torch.Tensor]:
-    """Every tensor of a storage; side arrays as bits, for stale ones hold NaN."""
-    meta = [m.view(torch.int16) for m in storage.meta if m is not None]
-    return [t.clone() for t in (*storage.arenas, *meta, storage.table, storage.clipped_groups)]
-
-
-def same(a: GroupStorage, b: GroupStorage) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(snapshot(a), snapshot(b), strict=True))
-
-
 def twins(*args, **kwargs) -> tuple[Inputs, Inputs]:
     return make_inputs(*args, **kwargs), make_inputs(*args, **kwargs)
-
-
-def adversarial(tokens: int, heads: int, dim: int, seed: int) -> torch.Tensor:
-    """Rows with constants, tiny and huge ranges, offsets, NaN, infinities and values beyond fp16."""
-    gen = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, heads, dim, generator=gen)
-    x *= torch.exp2(torch.randint(-26, 16, (tokens, heads, 1), generator=gen).float())
-    x += torch.randn(tokens, heads, 1, generator=gen) * 100
-    x[::7] = x[::7, :, :1]
-    x[1::16, :, 3] = torch.nan
-    x[2::16, :, -1] = torch.inf
-    x[3::16, :, 0] = -torch.inf
-    x[4::16, :, 9] = 1e6
-    x[5::16] = -3e30
-    x[6::16, :, 0], x[6::16, :, 1] = -3e38, 3e38
-    x[8::16] = 0.0
-    x[9::16] = (torch.arange(dim).float() % 511) / 2  # ties of the first rounding
-    return x
-
-
-def fill(storage: GroupStorage, pages: list[int], seed: int) -> None:
-    p, h, d = storage.shape.page_size, storage.shape.num_kv_heads, storage.shape.head_dim
-    slots = (torch.tensor(pages)[:, None] * p + torch.arange(p)).flatten()
-    for layer in range(storage.num_layers):
-        kv = [adversarial(len(slots), h, d, seed + 2 * layer + side) for side in (0, 1)]
-        page_ops.store(storage, layer, slots, kv[0], kv[1], backend="torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,10 +39,12 @@ def test_store_writes_its_rows_and_nothing_else(finals, dtype):
     slots = torch.tensor([p * 16 + o for p in a.pages(0)[:2] for o in (0, 7, 15)] + [0, 0])
     kv = torch.randn(len(slots), 2, 3, 64).to(dtype)
     kv[-1] = kv[-2]  # padded rows: page 0, the same bytes twice
-    for inputs, backend in ((a, "torch"), (b, "triton")):
+    storage, fence = fenced(b.storage)
+    for to, backend in ((a.storage, "torch"), (storage, "triton")):
         for index in (slots, slots.int()):
-            page_ops.store(inputs.storage, 1, index, kv[:, 0], kv[:, 1], backend=backend)
-    assert same(a.storage, b.storage)
+            page_ops.store(to, 1, index, kv[:, 0], kv[:, 1], backend=backend)
+    check_fenced(fence)
+    assert same(a.storage, storage)
 
 
 def test_store_converts_and_skips_what_is_not_writable():
@@ -91,6 +58,7 @@ def test_store_converts_and_skips_what_is_not_writable():
     slots = torch.tensor([whole * 16 + 1, shrunk * 16, gone * 16 + 3, far])
     page_ops.store(b.storage, 0, slots, rows, rows, backend="triton")
     assert same(a.storage, b.storage)
+    assert int(a.storage.dropped_rows) == 0 and int(b.storage.dropped_rows) == 3
     with pytest.raises(ValueError, match=r"k must have shape \(1, 1, 64\)"):
         page_ops.store(b.storage, 0, slots[:1], rows[0], rows[:1], backend="triton")
 
@@ -99,6 +67,8 @@ def check_copies(pair, shape, finals, dtype, key_scale, seed) -> None:
     src_tier, dst_tier = pair
     group = LayerGroup((0, 1), *finals)
     a, b = twins(seed, PageShape(*shape), group, [4 * shape[0]], steps=0, dtype=dtype, key_scale=key_scale)
+    storage, fence = fenced(b.storage)
+    b = dataclasses.replace(b, storage=storage)
     for arena, sides in enumerate(group.arena_sides):
         if dst_tier < group.final_of(sides[0]):
             continue
@@ -107,9 +77,10 @@ def check_copies(pair, shape, finals, dtype, key_scale, seed) -> None:
         src = (a.storage.table[arena, torch.from_numpy(pages)].long() >> STEP_BITS).numpy()
         dst = free + np.array([2, 0, 1]) * UNITS_PER_SUPERBLOCK + np.array([0, 8 - tier_units(dst_tier), 0])
         for inputs, backend in ((a, "torch"), (b, "triton")):
-            fill(inputs.storage, inputs.pages(0), seed)
+            fill_adversarial(inputs.storage, inputs.pages(0), seed)
             command = copies(arena, pages, src, dst, src_tier, dst_tier)
             page_ops.execute(inputs.storage, [command], backend=backend)
+        check_fenced(fence)
         assert same(a.storage, b.storage)
 
 
