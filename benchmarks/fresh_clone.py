@@ -32,7 +32,7 @@ START_TIMEOUT_S = 1800.0
 
 def environment(folder: Path, keep_caches: bool) -> dict[str, str]:
     """Nothing of this project's own, and caches below ``folder`` unless they are kept."""
-    dropped = ("SGLANG_", "PYTEST_", "VIRTUAL_ENV", "PMKVQ_", "OMP_NUM_THREADS", "TOKENIZERS_")
+    dropped = ("SGLANG_", "PYTEST_CURRENT", "VIRTUAL_ENV", "PMKVQ_", "OMP_NUM_THREADS", "TOKENIZERS_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     if not keep_caches:
         kept |= {"UV_CACHE_DIR": str(folder / "uv-cache"), "PIP_CACHE_DIR": str(folder / "pip-cache")}
