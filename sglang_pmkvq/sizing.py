@@ -23,6 +23,7 @@ from sglang_pmkvq.config import (
 from sglang_pmkvq.formats import groups_from_finals
 from sglang_pmkvq.ledger import PolicyConfig
 from sglang_pmkvq.pool import PoolSetup
+from sglang_pmkvq.timeline import rank_path
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -118,7 +119,7 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
             limits=limits,
             budget_bytes=budget,
             stock_tokens=budget // self._cell_size // args.page_size * args.page_size,
-            timeline=args.pmkvq_timeline,
+            timeline=rank_path(args.pmkvq_timeline, self._runner.tp_rank, self._runner.dp_rank),
             key_scales=self._key_scales,
             calibration=self._calibration,
         )
