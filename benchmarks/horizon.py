@@ -75,14 +75,20 @@ class Traffic:
         events: so far. born: pages so far. retractions: requests dropped because logical pages ran out.
     """
 
-    def __init__(self, seed: int, digest: bool = False, groups: Sequence[tuple[int, int]] = ((8, 8), (4, 2))) -> None:
+    def __init__(
+        self,
+        seed: int,
+        digest: bool = False,
+        groups: Sequence[tuple[int, int]] = ((8, 8), (4, 2)),
+        pages: int = PAGES,
+    ) -> None:
         shape = PageShape(page_size=P, num_kv_heads=1, head_dim=128, group_size=128)
         hard = REQUESTS + CHUNK + 2 * LOOSE
-        geometry = geometry_for_pages(shape, groups_from_finals(list(groups)), PAGES, hard)
+        geometry = geometry_for_pages(shape, groups_from_finals(list(groups)), pages, hard)
         self.ledger = Ledger(geometry, PolicyConfig(), REQUESTS, self._free_cached)
         self._rng = np.random.default_rng(seed)
         self._hash = hashlib.sha256() if digest else None
-        self.events = self.born = self.retractions = 0
+        self.events = self.born = self.retractions = self.forwards = 0
         self.clear()
 
     def clear(self) -> None:
@@ -93,7 +99,7 @@ class Traffic:
         self.recent: list[Chain] = []
         self.serial = 0
         self.loose: list[int] = []
-        self.loose_tick = -1
+        self.loose_forward = -1
 
     def run(self, events: int) -> None:
         """``events`` more, or a few beyond: a prompt of several chunks is not cut."""
@@ -223,10 +229,10 @@ class Traffic:
         if self.loose:
             self.ledger.free(np.array(self.loose, np.int64))
             self.loose = []
-        elif self.loose_tick != self.ledger.tick and self._room(LOOSE):
+        elif self.loose_forward != self.forwards and self._room(LOOSE):
             pages = self.ledger.alloc(LOOSE)
             assert pages is not None
-            self.loose_tick = self.ledger.tick
+            self.loose_forward = self.forwards
             self.loose = pages.tolist()
             self.born += LOOSE
             self._note(pages)
@@ -261,6 +267,7 @@ class Traffic:
 
     def _forward(self, new: np.ndarray) -> None:
         self.events += 1
+        self.forwards += 1
         self.born += len(new)
         batch = self.ledger.drain()
         if self._hash is not None:

@@ -99,6 +99,8 @@ def _release(original: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) 
         attach_request_bits(
             current.allocator.ledger, req, get_server_args().incremental_streaming_output
         )
+        if current.metrics is not None and req.finished():
+            current.metrics.on_finish()
         current.allocator.finish(req.req_pool_idx)
     return original(req, *args, **kwargs)
 
@@ -158,17 +160,21 @@ def _retract(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any)
     result = original(self, *args, **kwargs)
     current = runtime.current()
     if current is not None and current.metrics is not None:
-        current.metrics.event("retract", requests=len(result[0]))
+        current.metrics.on_retract(len(result[0]))
     return result
 
 
 def _internal_state(result: Any, self: Any, recv_req: Any) -> Any:
+    from sglang.srt.environ import envs
+
     current = runtime.current()
     if current is not None:
         result.internal_state["pmkvq"] = {
             **current.setup.summary(),
             **(current.metrics.state() if current.metrics is not None else {}),
         }
+        if current.allocator is not None and envs.SGLANG_CHECK_KV_PAGE_INVARIANTS.get():
+            current.allocator.check()
     return result
 
 
