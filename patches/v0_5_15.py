@@ -164,6 +164,17 @@ def _retract(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any)
     return result
 
 
+def _worker_info(result: tuple[Any, ...], self: Any) -> tuple[Any, ...]:
+    current = runtime.current()
+    if current is None:
+        return result
+    # SGLang admits a request only if its whole pages, one new token and one page more are less than the pool,
+    # but refuses only inputs of about the whole pool: those in between would wait for ever.
+    page = current.setup.geometry.shape.page_size
+    longest = current.setup.tokens - 2 * page
+    return (*result[:5], min(result[5], longest + 1), *result[6:])
+
+
 def _internal_state(result: Any, self: Any, recv_req: Any) -> Any:
     from sglang.srt.environ import envs
 
@@ -305,6 +316,13 @@ def targets() -> tuple[Target, ...]:
             _retract,
             ("self", "server_args"),
             "retractions are events of the timeline",
+        ),
+        Target(
+            "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info",
+            "after",
+            _worker_info,
+            ("self",),
+            "the longest input that SGLang accepts is one that it can ever admit; others are refused with that number",
         ),
         Target(
             "sglang.srt.managers.scheduler.Scheduler.get_internal_state",

@@ -12,7 +12,6 @@ Spawned schedulers import the main module again, so what is patched here is patc
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import sys
@@ -149,7 +148,7 @@ def plant_poison() -> None:
 
 
 # Only in the processes that the server spawns: the first one has no pool.
-if FAULT and multiprocessing.parent_process() is not None:
+if FAULT and __name__ == "__mp_main__":
     globals()[f"plant_{FAULT}"]()
 
 if __name__ == "__main__":
