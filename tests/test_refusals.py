@@ -57,6 +57,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "--is-embedding": {"is_embedding": True},
     "--enable-mis": {"enable_mis": True},
     "--enable-dynamic-chunking": {"enable_dynamic_chunking": True},
+    "--enable-priority-scheduling without --disable-priority-preemption": {"enable_priority_scheduling": True},
     "--elastic-ep-backend": {"elastic_ep_backend": "mooncake"},
     "--chunked-prefill-size 0 or below": {"chunked_prefill_size": -1},
     "--page-size other than 16, 32 or 64": {"page_size": 1},

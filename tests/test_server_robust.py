@@ -173,11 +173,11 @@ def test_exactly_full(server: Server) -> None:
 
 
 def test_far_too_much_at_once_is_no_livelock(server: Server) -> None:
-    """Three times the pool, admitted boldly: requests are retracted, all of them end, and the watchdog stays low."""
+    """Twice the pool, admitted boldly: requests are retracted, all of them end, and the watchdog stays low."""
     tokens = server.pool()["logical_tokens"]
-    bodies = [filler(p, int(0.1 * tokens)) for p in random_prompts(24, 8, int(0.28 * tokens), 100)]
+    bodies = [filler(p, int(0.3 * tokens)) for p in random_prompts(24, 5, int(0.06 * tokens), 100)]
     answers, most, stuck = watched(server, bodies)
-    assert all(a["meta_info"]["completion_tokens"] == int(0.1 * tokens) for a in answers)
+    assert all(a["meta_info"]["completion_tokens"] == int(0.3 * tokens) for a in answers)
     assert server.retracted() > 0
     assert most >= 0.9 * tokens / 16
     assert stuck < WATCHDOG
@@ -243,7 +243,7 @@ def fuzz(server: Server, examples: int) -> dict[int, int]:
     def run(call: tuple[str, dict[str, Any]]) -> None:
         path, body = call
         try:
-            status = requests.post(f"{server.url}{path}", json=body, timeout=20).status_code
+            status = requests.post(f"{server.url}{path}", json=body, timeout=3).status_code
         except requests.Timeout:  # asked to wait for ever: it runs, or is paused
             status = 0
         seen[status] = seen.get(status, 0) + 1
