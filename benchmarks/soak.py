@@ -53,7 +53,7 @@ MEAN_TOKENS = 600
 CLIENTS = 4 * TOKENS_16_BIT // MEAN_TOKENS + 1
 ROUND_S = 50.0
 # Whoever was asked before an idle moment is answered within this time, or counts as lost for ever.
-PATIENCE_S = 300.0
+PATIENCE_S = 120.0
 SAMPLE = 60
 
 
@@ -105,8 +105,10 @@ class Soak:
         self.tokenizer = AutoTokenizer.from_pretrained(REASONER)
         self.gate = asyncio.Event()
         self.gate.set()
-        self.busy = 0
+        # What each busy client does: name of the request kind, and its rid if it has one.
+        self.doing: dict[int, str] = {}
         self.stop = False
+        self.told = 0
         self.serial = 0
         self.rounds: list[dict[str, Any]] = []
         self.pauses = self.busy_flushes = self.reloads = 0
@@ -128,6 +130,9 @@ class Soak:
         params["custom_params"] = {"pmkvq_kv_bits": True}
         self.serial += 1
         rid = f"soak-{self.serial}"
+        task_id = id(asyncio.current_task())
+        if task_id in self.doing:
+            self.doing[task_id] += f" {rid}"
         return {"input_ids": ids, "sampling_params": params, "rid": rid, "priority": self.rng.randrange(3), **more}
 
     async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -238,7 +243,8 @@ class Soak:
             if self.stop:
                 return
             (kind,) = self.rng.choices([k for _, k in kinds], [w for w, _ in kinds])
-            self.busy += 1
+            me = id(asyncio.current_task())
+            self.doing[me] = kind.__name__  # type: ignore[attr-defined]
             self.tally.asked[kind.__name__] += 1  # type: ignore[attr-defined]
             try:
                 await kind()
@@ -246,7 +252,7 @@ class Soak:
                 self.tally.lost.append(f"{kind.__name__}: {type(error).__name__}: {error}")  # type: ignore[attr-defined]
                 await asyncio.sleep(1)
             finally:
-                self.busy -= 1
+                del self.doing[me]
 
     # ------------------------------------------------------------ what is done to the server
 
@@ -273,11 +279,13 @@ class Soak:
         """Stop the clients, check everything, let them go on."""
         self.gate.clear()
         end = time.monotonic() + PATIENCE_S
-        while self.busy:
+        while self.doing and not self.stop:
             await asyncio.sleep(0.2)
             self.alive()
             if time.monotonic() > end:
-                raise SystemExit(f"{self.busy} clients still wait {PATIENCE_S:.0f} s after the last one asked")
+                waiting = ", ".join(self.doing.values())
+                self.tally.lost.append(f"no answer {PATIENCE_S:.0f} s after the last client asked: {waiting}")
+                self.stop = True
         state = await self.until_idle()
         if reload:
             body = {"model_path": str(REASONER)}
@@ -301,6 +309,9 @@ class Soak:
             }
         )
         print(json.dumps(self.rounds[-1]), flush=True)
+        for sentence in self.tally.lost[self.told :]:
+            print(f"lost: {sentence}", flush=True)
+        self.told = len(self.tally.lost)
         self.gate.set()
 
     async def until_idle(self) -> dict[str, Any]:
@@ -329,11 +340,13 @@ class Soak:
                 left = seconds - (time.monotonic() - self.start)
                 await self.disturb(min(left, ROUND_S * self.rng.uniform(0.6, 1.2)))
                 await self.idle(reload=len(self.rounds) % 4 == 1)
-                if time.monotonic() - self.start >= seconds:
+                if self.stop or time.monotonic() - self.start >= seconds:
                     break
             self.stop = True
             self.gate.set()
-            await asyncio.gather(*clients)
+            for client in clients:
+                client.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
 
 
 def slope(rounds: Sequence[dict[str, Any]]) -> float | None:
