@@ -129,7 +129,8 @@ class Soak:
         params = {"temperature": 0, "max_new_tokens": problem.chain_tokens + 64}
         params["custom_params"] = {"pmkvq_kv_bits": True}
         self.serial += 1
-        rid = f"soak-{self.serial}"
+        # As many digits for all: SGLang aborts every request whose rid begins with the one that is named.
+        rid = f"soak-{self.serial:08}"
         task_id = id(asyncio.current_task())
         if task_id in self.doing:
             self.doing[task_id] += f" {rid}"
