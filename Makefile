@@ -7,6 +7,7 @@ PY := .venv/bin/python
 STAMP := .venv/.pmkvq-installed
 PORT ?= 30000
 PYTEST_ARGS ?=
+MINUTES ?= 20
 
 # One thread per process: the models here are tiny, a server has three busy processes, and threads that
 # wait for one another on a busy small machine are many times slower. A value from outside wins.
@@ -17,7 +18,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # all of that again, every time: a server then takes a minute longer to start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup serve check lint format test test-full lock wheel clean
+.PHONY: help setup serve check lint format test test-full soak lock wheel clean
 
 help:
 	@echo "make setup      .venv with pinned versions and this project (Python 3.11)"
@@ -25,6 +26,7 @@ help:
 	@echo "make check      ruff, mypy, CPU unit tests"
 	@echo "make test       the suite with real servers"
 	@echo "make test-full  the suite with the very long tests"
+	@echo "make soak       mixed traffic at four times the pool for MINUTES=20; nothing may be lost"
 	@echo "make lint       ruff and mypy only"
 	@echo "make format     ruff: fix imports, format"
 	@echo "make lock       remake requirements.lock (needs uv)"
@@ -53,6 +55,9 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	PMKVQ_LEDGER_STEPS=1000000 $(PY) -m pytest -m "" $(PYTEST_ARGS)
+
+soak: $(STAMP)
+	$(PY) -m benchmarks.soak --minutes $(MINUTES) $(SOAK_ARGS)
 
 format: $(STAMP)
 	.venv/bin/ruff check --fix .

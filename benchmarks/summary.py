@@ -252,6 +252,45 @@ def headline() -> str:
     )
 
 
+def _horizon(result: dict[str, Any]) -> str:
+    rows = [
+        ("events, forwards", f"{result['events']:,}, {result['ticks']:,}"),
+        ("pages born, shrinks, moves", f"{result['born']:,}, {result['shrinks']:,}, {result['moves']:,}"),
+        ("fragmentation, share of the arena: mean, highest, at the end", _percents(result)),
+        ("superblocks moved per born page", f"{result['moved_per_born']:.3f}"),
+        ("CPU µs per event: first tenth, last tenth", f"{result['us_first_tenth']:.1f}, {result['us_last_tenth']:.1f}"),
+        ("resident MiB: after 2 %, at the end", f"{result['blocks'][1]['rss_mib']}, {result['blocks'][-1]['rss_mib']}"),
+    ]
+    return markdown(["what", "figure"], rows) + "\n\n![over events](../benchmarks/results/horizon.png)"
+
+
+def _percents(result: dict[str, Any]) -> str:
+    return ", ".join(f"{100 * result[f'fragmentation_{key}']:.2f} %" for key in ("mean", "max", "end"))
+
+
+def _soak(result: dict[str, Any]) -> str:
+    slope = result["mib_per_hour"]
+    rows = [
+        ("minutes, clients, idle checks", f"{result['minutes']:g}, {result['clients']}, {result['idle_checks']}"),
+        ("requests asked", sum(result["asked"].values())),
+        ("finished whole", sum(result["finished"].values())),
+        ("cut off by the client or a timeout", sum(result["cut_off"].values())),
+        ("lost, or checks that failed", len(result["lost"])),
+        ("times that requests were retracted", result["retraction_events"]),
+        ("most retractions since a request ended", result["peak_retractions_since_finish"]),
+        ("pauses, flushes while busy, weights loaded again", _counts(result)),
+        ("answers with nothing shrunk, right", f"{result['answers_at_16_bits']}, {result['right_at_16_bits']}"),
+        ("answers over shrunk pages, right", f"{result['answers_below']}, {result['right_below']}"),
+        ("asked again from stock, different", f"{result['asked_again_from_stock']}, {result['different_from_stock']}"),
+        ("resident memory, MiB per hour", "-" if slope is None else f"{slope:+.1f}"),
+    ]
+    return markdown(["what", "count"], rows)
+
+
+def _counts(result: dict[str, Any]) -> str:
+    return f"{result['pauses']}, {result['flushes_while_busy']}, {result['weight_reloads']}"
+
+
 SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
     (
         "pressure",
@@ -329,6 +368,19 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "256 requests, 16 pages born and freed per step, so every step shrinks; `append` + `drain`. The goal is 200 µs "
         "with two groups and 16 shrinks per step; three and four times as many shrinks are shown too, and take longer.",
         _ledger,
+    ),
+    (
+        "horizon",
+        "The ledger over ten million events",
+        "Random events over a pool of 4,096 pages, layer groups k8v8 and k4v2; CPU time includes making the events.",
+        _horizon,
+    ),
+    (
+        "soak",
+        "Soak",
+        "Mixed traffic at four times what the pool holds at 16 bits, with everything that clients and operators do to "
+        "a server; what is checked: [reliability](reliability.md).",
+        _soak,
     ),
     (
         "calibration",

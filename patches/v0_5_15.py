@@ -106,6 +106,8 @@ def _release(original: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) 
         attach_request_bits(
             current.allocator.ledger, req, get_server_args().incremental_streaming_output
         )
+        if current.metrics is not None and req.finished():
+            current.metrics.on_finish()
         current.allocator.finish(req.req_pool_idx)
     return original(req, *args, **kwargs)
 
@@ -165,17 +167,32 @@ def _retract(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any)
     result = original(self, *args, **kwargs)
     current = runtime.current()
     if current is not None and current.metrics is not None:
-        current.metrics.event("retract", requests=len(result[0]))
+        current.metrics.on_retract(len(result[0]))
     return result
 
 
+def _worker_info(result: tuple[Any, ...], self: Any) -> tuple[Any, ...]:
+    current = runtime.current()
+    if current is None:
+        return result
+    # SGLang admits a request only if its whole pages, one new token and one page more are less than the pool,
+    # but refuses only inputs of about the whole pool: those in between would wait for ever.
+    page = current.setup.geometry.shape.page_size
+    longest = current.setup.tokens - 2 * page
+    return (*result[:5], min(result[5], longest + 1), *result[6:])
+
+
 def _internal_state(result: Any, self: Any, recv_req: Any) -> Any:
+    from sglang.srt.environ import envs
+
     current = runtime.current()
     if current is not None:
         result.internal_state["pmkvq"] = {
             **current.setup.summary(),
             **(current.metrics.state() if current.metrics is not None else {}),
         }
+        if current.allocator is not None and envs.SGLANG_CHECK_KV_PAGE_INVARIANTS.get():
+            current.allocator.check()
     return result
 
 
@@ -313,6 +330,13 @@ def targets() -> tuple[Target, ...]:
             _retract,
             ("self", "server_args"),
             "retractions are events of the timeline",
+        ),
+        Target(
+            "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info",
+            "after",
+            _worker_info,
+            ("self",),
+            "the longest input that SGLang accepts is one that it can ever admit; others are refused with that number",
         ),
         Target(
             "sglang.srt.managers.scheduler.Scheduler.get_internal_state",

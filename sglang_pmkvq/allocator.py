@@ -11,7 +11,7 @@ import torch
 from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-from sglang_pmkvq.ledger import Ledger
+from sglang_pmkvq.ledger import IntegrityError, Ledger
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -192,6 +192,23 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
 
     def restore_state(self, state: object) -> None:
         raise NotImplementedError("--kv-quant pmkvq: speculative decoding is not supported")
+
+    def check(self) -> None:
+        """The books of the ledger agree, and the device's page tables with them; O(pages), for debugging.
+
+        Raises:
+            IntegrityError: they do not.
+        """
+        self.ledger.check_integrity()
+        if self.ledger.pending:
+            return
+        for group, storage in enumerate(self._kvcache.storages):
+            for arena, table in enumerate(storage.table.cpu().numpy()):
+                wrong = np.flatnonzero(table != self.ledger.entries(group, arena))
+                if len(wrong):
+                    raise IntegrityError(
+                        f"group {group} arena {arena}: the device's page table differs for pages {wrong[:8].tolist()}"
+                    )
 
     # -- inside ----------------------------------------------------------------------------------------------
 

@@ -12,14 +12,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sglang_pmkvq.formats import GROUP_SIZES, TIERS, LayerGroup, PageShape, groups_from_finals, page_bytes
+from sglang_pmkvq.formats import GROUP_SIZES, HEAD_DIMS, TIERS, LayerGroup, PageShape, groups_from_finals, page_bytes
 
 SCHEMA = 1
 METADATA_KEY = "pmkvq"
@@ -178,8 +178,9 @@ def save(calibration: Calibration, path: str | os.PathLike[str]) -> None:
     """Write a calibration; the file appears whole or not at all.
 
     Raises:
-        ArtifactError: the calibration does not hold together.
+        ArtifactError: the calibration does not hold together. OSError: it cannot be written, a full disk.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = Path(path)
@@ -190,9 +191,15 @@ def save(calibration: Calibration, path: str | os.PathLike[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     tensors = {name: np.ascontiguousarray(t) for name, t in calibration.tensors.items()}
-    save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(header, sort_keys=True)})
-    partial.chmod(0o644)  # safetensors makes it private; the server may run as another user
-    os.replace(partial, path)
+    partial.unlink(missing_ok=True)  # or a link of this name would be followed
+    try:
+        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(header, sort_keys=True)})
+        partial.chmod(0o644)  # safetensors makes it private; the server may run as another user
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> Calibration:
@@ -221,32 +228,71 @@ def load(path: str | os.PathLike[str]) -> Calibration:
         header = json.loads(metadata[METADATA_KEY])
         schema = header.pop("schema")
         stored = header.pop("sha256")
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{name}: a safetensors file, but not a calibration: it has no pmkvq header") from error
     if schema != SCHEMA:
         raise ArtifactError(
             f"{name}: schema version {schema!r}, this version of sglang-pmkvq reads {SCHEMA}; calibrate again"
         )
-    if _digest({"schema": schema, **header}, tensors) != stored:
+    try:
+        digest = _digest({"schema": schema, **header}, tensors)
+    except (ValueError, RecursionError) as error:  # NaN and infinity: JSON of other writers may have them, ours never
+        raise ArtifactError(f"{name}: malformed header ({error})") from error
+    if digest != stored:
         raise ArtifactError(f"{name}: its contents do not match their SHA-256; the file was damaged or changed")
     expected = {field.name for field in fields(Calibration)} - {"tensors"}
     if set(header) != expected:
         raise ArtifactError(f"{name}: header fields {sorted(set(header) ^ expected)} are missing or unknown")
-    try:
-        header["finals"] = tuple((int(k), int(v)) for k, v in header["finals"])
-        header["effective_lens"] = tuple(header["effective_lens"])
-        header["widths"] = tuple(header["widths"])
-        calibration = Calibration(**header, tensors=tensors)
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{name}: malformed header ({error})") from error
+    wrong = [field for field, fits in _FIELDS.items() if not fits(header[field])]
+    if wrong:
+        raise ArtifactError(f"{name}: malformed header ({', '.join(f'{f} is {header[f]!r:.40}' for f in wrong)})")
+    header["finals"] = tuple((k, v) for k, v in header["finals"])
+    header["effective_lens"] = tuple(header["effective_lens"])
+    header["widths"] = tuple(header["widths"])
+    calibration = Calibration(**header, tensors=tensors)
     _validate(calibration, name)
     return calibration
+
+
+def _int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _size(value: Any) -> bool:
+    return _int(value) and 1 <= value < 1 << 31
+
+
+def _number(value: Any) -> bool:
+    return _int(value) or isinstance(value, float)
+
+
+def _ints(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_int, value))
+
+
+# Type of each header field as JSON has it. A signature that is right says nothing about them.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("model", "config_sha256", "transform", "sensitivity"), _text),
+    **dict.fromkeys(("num_kv_heads", "head_dim", "group_size"), _size),
+    **dict.fromkeys(("seed", "bytes_per_token"), _int),
+    **dict.fromkeys(("objective", "objective_unbounded"), _number),
+    **dict.fromkeys(("data", "report"), lambda value: isinstance(value, dict)),
+    **dict.fromkeys(("effective_lens", "widths"), _ints),
+    "weights_sha256": lambda value: value is None or _text(value),
+    "finals": lambda value: isinstance(value, list) and all(_ints(pair) and len(pair) == 2 for pair in value),
+}
 
 
 def _validate(c: Calibration, name: str) -> None:
     problems = []
     if not c.finals or any(k not in TIERS or v not in TIERS for k, v in c.finals):
         problems.append(f"final widths must be {TIERS}, got {c.finals}")
+    if c.head_dim not in HEAD_DIMS:
+        problems.append(f"head_dim must be one of {HEAD_DIMS}, got {c.head_dim}")
     if c.group_size not in GROUP_SIZES or c.head_dim % c.group_size:
         problems.append(f"group size {c.group_size} does not fit head_dim {c.head_dim}")
     if c.transform not in TRANSFORMS:

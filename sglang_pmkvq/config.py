@@ -18,10 +18,13 @@ from sglang_pmkvq.formats import (
     geometry_for_pages,
     hard_reserve_bytes,
 )
+from sglang_pmkvq.timeline import why_not_writable
 
 POLICIES = ("age", "uniform", "static")
 PROTECTIONS = ("soft", "hard")
 ACTIVE_BITS = (16, 8, 4, 2)
+DEFAULT_WINDOW = 128
+DEFAULT_SINK_TOKENS = 1
 
 # Automatic limits: the 16-bit reserve may cost this share of the pool ...
 HARD_RESERVE_SHARE = 0.03
@@ -48,16 +51,17 @@ def parse_size(text: str) -> int:
         PmkvqConfigError: not a size, or not positive.
     """
     match = _SIZE.fullmatch(text.strip())
-    size = int(float(match[1]) * _UNITS[(match[2] or "B").lower()]) if match else 0
-    if size <= 0 or size >= 1 << 62:
+    # A float: digits without end are infinity, which no integer is.
+    size = float(match[1]) * _UNITS[(match[2] or "B").lower()] if match else 0.0
+    if not 1 <= size < 1 << 62:
         raise PmkvqConfigError(
             f"--pmkvq-pool-bytes {text}: expected a positive size such as 512MiB, 8GiB or 1000000000"
         )
-    return size
+    return int(size)
 
 
 def _parse_pair(text: str, whole: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(?:k(\d+)v(\d+)|(\d+))", text.strip().lower())
+    match = re.fullmatch(r"(?:k(\d{1,9})v(\d{1,9})|(\d{1,9}))", text.strip().lower())
     pair = (0, 0)
     if match:
         pair = (int(match[1] or match[3]), int(match[2] or match[3]))
@@ -79,7 +83,7 @@ def parse_final_bits(text: str, num_layers: int) -> list[tuple[int, int]]:
         return [_parse_pair(text, text)] * num_layers
     finals: list[tuple[int, int] | None] = [None] * num_layers
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*:(.*)", part)
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*:(.*)", part)
         if not match:
             raise PmkvqConfigError(
                 f"--pmkvq-final-bits {text}: {part!r} is not LAYERS:WIDTH; expected for example 0-3:8,4-7:k4v2"
@@ -121,12 +125,40 @@ def check_flags(args: Any) -> None:
     ):
         if value not in allowed:
             raise PmkvqConfigError(f"--pmkvq-{flag} {value}: expected one of {', '.join(map(str, allowed))}")
+    if args.pmkvq_timeline is not None:
+        problem = why_not_writable(args.pmkvq_timeline)
+        if problem:
+            raise PmkvqConfigError(
+                f"--pmkvq-timeline {args.pmkvq_timeline}: {problem}; expected a file of yours in a folder that exists"
+            )
     if args.pmkvq_group_size is not None and args.pmkvq_group_size not in GROUP_SIZES:
         raise PmkvqConfigError(
             f"--pmkvq-group-size {args.pmkvq_group_size}: expected one of {', '.join(map(str, GROUP_SIZES))}"
         )
     if args.pmkvq_final_bits is not None and ":" not in args.pmkvq_final_bits:
         _parse_pair(args.pmkvq_final_bits, args.pmkvq_final_bits)
+
+
+def check_context(args: Any, context: int, num_layers: int) -> None:
+    """Check the values of our own flags against the model, before any memory is taken.
+
+    Args:
+        context: tokens that a request may have at most.
+
+    Raises:
+        PmkvqConfigError: a protected range is longer than any request, or a width names no layer of the model.
+    """
+    for flag, value, default in (
+        ("window", args.pmkvq_window, DEFAULT_WINDOW),
+        ("sink-tokens", args.pmkvq_sink_tokens, DEFAULT_SINK_TOKENS),
+    ):
+        # A default may be longer: then all of a request is in its window.
+        if value > max(context, default):
+            raise PmkvqConfigError(
+                f"--pmkvq-{flag} {value}: longer than this model's context; expected 0 to {context} tokens"
+            )
+    if args.pmkvq_final_bits is not None:
+        parse_final_bits(args.pmkvq_final_bits, num_layers)
 
 
 def page_shape(page_size: int, num_kv_heads: int, head_dim: int, group_size: int | None) -> PageShape:
@@ -232,9 +264,11 @@ def choose_geometry(
     need = 2 * limits.chunk
     if geometry is None or geometry.num_pages * shape.page_size < need:
         least = smallest_budget(shape, groups, limits, need)
+        tails = limits.running + math.ceil(limits.chunk / shape.page_size)
+        window = " or --pmkvq-window (--pmkvq-protect hard keeps it at 16 bits)" if limits.hard_pages > tails else ""
         raise PmkvqConfigError(
             f"--pmkvq-pool-bytes: {budget_bytes} bytes hold less than two prefill chunks of {limits.chunk} tokens "
             f"with {limits.running} running requests; the smallest pool that works is {least} bytes "
-            f"({least / 2**20:.1f} MiB), or lower --chunked-prefill-size or --max-running-requests"
+            f"({least / 2**20:.1f} MiB), or lower --chunked-prefill-size or --max-running-requests{window}"
         )
     return geometry

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,11 @@ GAUGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("effective_bits", "Bits per KV element of mapped pages, scales and zeros included, now.", ()),
     ("effective_bits_avg", "Mean effective bits over forwards, weighted by mapped tokens.", ()),
     ("effective_bits_peak", "Highest effective bits at a forward.", ()),
+    (
+        "retractions_since_finish",
+        "Requests retracted since one last ended; only a livelock lets it grow without end.",
+        (),
+    ),
 )
 COUNTERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("shrinks", "Shrinks of a page's K or V in one layer group.", ("from", "to")),
@@ -56,7 +60,7 @@ class MetricsReporter:
         self._labels: dict[str, str] | None = None
         self._metrics: dict[str, Any] = {}
         self._exported: dict[tuple[str, tuple[str, ...]], float] = {}
-        self._start = time.monotonic()
+        self._retractions_since_finish = 0
         self._timeline = TimelineWriter(setup.timeline, setup.summary()) if setup.timeline else None
 
     def attach(self, labels: dict[str, str]) -> None:
@@ -88,6 +92,7 @@ class MetricsReporter:
         self._set("effective_bits", stats.effective_bits)
         self._set("effective_bits_avg", stats.effective_bits_avg)
         self._set("effective_bits_peak", stats.effective_bits_peak)
+        self._set("retractions_since_finish", self._retractions_since_finish)
         for (old, new), count in stats.shrinks.items():
             self._count("shrinks", count, str(old), str(new))
             self._count("shrunk_bytes", stats.shrunk_bytes[old, new], str(old), str(new))
@@ -117,6 +122,14 @@ class MetricsReporter:
         """One timeline row per forward; the writer thins them out and keeps the last."""
         if self._timeline is not None:
             self._timeline.record(self._row(self._ledger.stats()))
+
+    def on_retract(self, requests: int) -> None:
+        self._retractions_since_finish += requests
+        self.event("retract", requests=requests)
+
+    def on_finish(self) -> None:
+        """A request ended, so the server gets on."""
+        self._retractions_since_finish = 0
 
     def event(self, name: str, **fields: object) -> None:
         if self._timeline is not None:
@@ -150,6 +163,7 @@ class MetricsReporter:
             "effective_bits": stats.effective_bits,
             "effective_bits_avg": stats.effective_bits_avg,
             "effective_bits_peak": stats.effective_bits_peak,
+            "retractions_since_finish": self._retractions_since_finish,
         }
 
 

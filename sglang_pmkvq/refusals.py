@@ -208,6 +208,13 @@ REFUSALS: tuple[Refusal, ...] = tuple(
             _on("enable_dynamic_chunking"),
         ),
         (
+            "--enable-priority-scheduling without --disable-priority-preemption",
+            "SGLang 0.5.15 forgets preempted requests if whoever they made way for is not admitted after all",
+            "add --disable-priority-preemption",
+            lambda a: bool(getattr(a, "enable_priority_scheduling", False))
+            and not getattr(a, "disable_priority_preemption", False),
+        ),
+        (
             "--elastic-ep-backend",
             "ranks would not see the same allocator events",
             "",

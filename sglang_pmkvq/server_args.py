@@ -14,7 +14,13 @@ from sglang.srt.arg_groups.arg_utils import A, Arg
 from sglang.srt.server_args import ServerArgs
 
 from sglang_pmkvq.calibration import check_model, load_for
-from sglang_pmkvq.config import PmkvqConfigError, check_flags
+from sglang_pmkvq.config import (
+    DEFAULT_SINK_TOKENS,
+    DEFAULT_WINDOW,
+    PmkvqConfigError,
+    check_context,
+    check_flags,
+)
 from sglang_pmkvq.formats import PAGE_SIZES
 from sglang_pmkvq.refusals import check_refusals
 
@@ -64,10 +70,10 @@ class PmkvqServerArgs(ServerArgs):
     ] = "age"
     pmkvq_window: A[
         int, Arg(help="Recent tokens of a running request that shrink last (or never, see --pmkvq-protect).")
-    ] = 128
+    ] = DEFAULT_WINDOW
     pmkvq_sink_tokens: A[
         int, Arg(help="First tokens of a sequence that shrink last, rounded up to a page.")
-    ] = 1
+    ] = DEFAULT_SINK_TOKENS
     pmkvq_protect: A[
         Literal["soft", "hard"],
         Arg(help="Sinks and window of running requests shrink last (soft) or never (hard)."),
@@ -116,6 +122,8 @@ class PmkvqServerArgs(ServerArgs):
                 f"--page-size to {self.page_size} and --attention-backend to {self.attention_backend}; "
                 "use --kv-quant none for it"
             )
+        config = self.get_model_config()
+        check_context(self, config.context_len, config.num_hidden_layers)
         if calibration is not None:
             check_model(self, calibration)
 

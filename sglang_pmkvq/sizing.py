@@ -24,6 +24,7 @@ from sglang_pmkvq.formats import groups_from_finals
 from sglang_pmkvq.ledger import PolicyConfig
 from sglang_pmkvq.pool import PoolSetup
 from sglang_pmkvq.refusals import MODEL_REFUSALS, check_model_facts
+from sglang_pmkvq.timeline import rank_path
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -119,7 +120,7 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
             limits=limits,
             budget_bytes=budget,
             stock_tokens=budget // self._cell_size // args.page_size * args.page_size,
-            timeline=_timeline_of(self._runner),
+            timeline=rank_path(args.pmkvq_timeline, self._runner.tp_rank, self._runner.dp_rank),
             key_scales=self._key_scales,
             calibration=self._calibration,
         )
@@ -144,17 +145,6 @@ def _check_model(runner: ModelRunner) -> None:
             f"--kv-cache-dtype resolved to {runner.kv_cache_dtype}, the model computes in {runner.dtype}; "
             "use --kv-cache-dtype auto"
         )
-
-
-def _timeline_of(runner: ModelRunner) -> str | None:
-    """The file that this process writes: each replica its own, of the ranks of one replica only the first.
-
-    Ranks of tensor parallelism decide alike, and two processes that write one file would garble it.
-    """
-    path = runner.server_args.pmkvq_timeline
-    if path is None or runner.tp_rank != 0:
-        return None
-    return path if runner.server_args.dp_size == 1 else f"{path}.dp{runner.dp_rank}"
 
 
 def eager_buffer_tokens(setup: PoolSetup) -> int:

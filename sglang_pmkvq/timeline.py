@@ -7,10 +7,12 @@ No torch and no SGLang here.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +32,49 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def why_not_writable(path: str | os.PathLike[str]) -> str | None:
+    """Why ``TimelineWriter`` could not open ``path``, or None; touches nothing."""
+    name = os.fspath(path)
+    folder = os.path.dirname(name) or "."
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}"
+    if os.path.islink(name):
+        return "it is a link, which may lead to a file of someone else"
+    if os.path.isdir(name) or not os.path.basename(name):
+        return "it is a folder"
+    if not os.path.exists(name):
+        return None if os.access(folder, os.W_OK | os.X_OK) else f"the folder {folder} cannot be written"
+    if os.path.isfile(name) and os.stat(name).st_uid != os.geteuid():
+        return "it belongs to another user"
+    return None if os.access(name, os.W_OK) else "it cannot be written"
+
+
+def _open_own(name: str) -> TextIO:
+    """Open for writing, empty; never through a link and never over another user's file.
+
+    Raises:
+        OSError: it cannot be opened, is a link, or belongs to another user.
+    """
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    info = os.fstat(descriptor)
+    if stat.S_ISREG(info.st_mode):
+        if info.st_uid != os.geteuid():
+            os.close(descriptor)
+            raise PermissionError(errno.EPERM, "belongs to another user", name)
+        os.ftruncate(descriptor, 0)
+    return os.fdopen(descriptor, "w", encoding="utf-8")
+
+
+def rank_path(path: str | None, tp_rank: int, dp_rank: int | None) -> str | None:
+    """Where one scheduler of several writes: tensor-parallel ranks decide alike, so the first of each replica does.
+
+    The first replica writes ``path`` itself, the others ``path.dp1`` and so on.
+    """
+    if path is None or tp_rank:
+        return None
+    return f"{path}.dp{dp_rank}" if dp_rank else path
 
 
 class TimelineWriter:
@@ -60,7 +105,7 @@ class TimelineWriter:
 
         Raises:
             ValueError: a limit is not positive.
-            OSError: the file cannot be opened; better at start than silently never.
+            OSError: the file cannot be opened, is a link or another user's; better at start than silently never.
         """
         if not (max_rows_per_s > 0 and flush_every_s >= 0):
             raise ValueError(
@@ -76,7 +121,7 @@ class TimelineWriter:
         self._pending_row: Row | None = None
         self._pending_events: dict[str, Row] = {}
         self._last_event: dict[str, float] = {}
-        self._file: TextIO | None = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - lives on
+        self._file: TextIO | None = _open_own(self.path)
         self._write({SCHEMA_KEY: SCHEMA, "unix_time": round(time.time(), 3), **header})
         self.flush()
 

@@ -101,7 +101,8 @@ class World:
         self.chunked: Request | None = None
         self.history: list[list[tuple[int, ...]]] = []
         self.loose: list[int] = []
-        self.loose_tick = -1
+        self.loose_forward = -1
+        self.forwards = 0
         self.born: list[int] = []
         self.clock = 0
         self.serial = 0
@@ -357,13 +358,13 @@ class World:
         self._evict(1 + a % 8)
 
     def _op_alloc(self, a: int, b: int, c: int) -> None:
-        if self.loose_tick == self.ledger.tick:
+        if self.loose_forward == self.forwards:
             return
         count = 1 + a % LOOSE
         pages = self.ledger.alloc(count)
         assert (pages is None) == (count > self.ledger.free_page_count + (0 if pages is None else count))
         if pages is not None:
-            self.loose_tick = self.ledger.tick
+            self.loose_forward = self.forwards
             self.loose.extend(pages.tolist())
             self.born.extend(pages.tolist())
 
@@ -382,6 +383,7 @@ class World:
         self.born.clear()
 
     def _forward(self) -> None:
+        self.forwards += 1
         batch = self.change_batch(self.ledger.drain())
         if self.keep_batches:
             self.batches.append(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import struct
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.serving import REASONER
@@ -217,3 +220,68 @@ def test_other_weights_of_the_same_architecture(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="other weights of the same architecture"):
         artifact.check_model(mine, "f", CONFIG, str(tmp_path / "b"))
     assert artifact.weights_digest(tmp_path) is None
+
+
+FLIPS = 1000
+
+
+def test_bit_flips_are_refused_or_harmless(path: Path) -> None:
+    """At 1,000 random bits of the whole file; nothing but ArtifactError, and what loads says what was written."""
+    data, wrote = path.read_bytes(), example()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for bit in rng.integers(0, 8 * len(data), FLIPS).tolist():
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bytes(damaged))
+        try:
+            read = artifact.load(path)
+        except ArtifactError:
+            refused += 1
+            continue
+        for field in dataclasses.fields(Calibration):
+            if field.name != "tensors":
+                assert getattr(read, field.name) == getattr(wrote, field.name), (bit, field.name)
+        assert all(np.array_equal(read.tensors[name], wrote.tensors[name]) for name in wrote.tensors), bit
+    assert refused > 0.95 * FLIPS
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(field=st.sampled_from([f.name for f in dataclasses.fields(Calibration) if f.name != "tensors"]), value=JSON)
+def test_any_value_in_a_signed_header_is_refused_or_usable(path: Path, field: str, value: object) -> None:
+    """Whoever writes such a file can sign it, so a digest that is right proves nothing about its fields."""
+    artifact.save(example(), path)
+    tensors = load_file(path)
+    header = header_of(path) | {field: value}
+    try:
+        header = signed(header, tensors)
+    except ValueError:  # no digest can be made of NaN and Infinity, but such a file can
+        pass
+    rewrite(path, header, tensors)
+    try:
+        read = artifact.load(path)
+    except ArtifactError:
+        return
+    # All that a server does with it.
+    json.dumps(read.summary())
+    assert len(read.groups) >= 1
+    assert read.key_scale((0,), slice(0, 1)) is not None
+    with contextlib.suppress(ArtifactError):
+        artifact.check_model(read, "f", CONFIG)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=200), keep=st.integers(0, 400))
+def test_any_bytes_are_refused(path: Path, data: bytes, keep: int) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep] + data)
+    with pytest.raises(ArtifactError):
+        artifact.load(path)
+    path.write_bytes(whole)

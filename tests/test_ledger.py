@@ -380,6 +380,20 @@ def test_rebind_keeps_the_page_of_a_token_in_flight() -> None:
     book.check_integrity()
 
 
+def test_ownerless_pages_stay_hard_while_no_forward_is_issued() -> None:
+    """Calls that find no pages and are made again advance the tick, but nothing was written yet."""
+    book = ledger("8", pages=32)
+    held = NONE
+    for chunk in range(1, 10):
+        held = np.concatenate((held, prefill(book, 0, 3 * chunk * P, held)))
+        book.drain()
+    pages = book.alloc(2)
+    assert pages is not None
+    for _ in range(3):
+        assert book.extend([1], [np.empty(0, np.int64)], [0], [8 * P]) is None
+    assert [book.book.cls[p] for p in pages] == [HARD] * 2
+
+
 def test_ownerless_pages_are_hard_for_one_forward() -> None:
     book = ledger("8", pages=32)
     pages = book.alloc(2)
@@ -387,6 +401,7 @@ def test_ownerless_pages_are_hard_for_one_forward() -> None:
     assert [book.book.cls[p] for p in pages] == [HARD] * 2
     prefill(book, 0, 1)
     assert [book.book.cls[p] for p in pages] == [HARD] * 2
+    book.drain()
     decode_to(book, 0, 2)
     assert [book.book.cls[p] for p in pages] == [CACHED] * 2
     assert book.alloc(40) is None

@@ -27,7 +27,7 @@ from sglang_pmkvq.patches import base, v0_5_15
 from sglang_pmkvq.pool import MixedPrecisionTokenPool
 from sglang_pmkvq.refusals import LAYER_REFUSALS, MODEL_REFUSALS, REFUSALS, check_model_facts
 from sglang_pmkvq.server_args import PmkvqServerArgs
-from sglang_pmkvq.sizing import _check_model, _timeline_of
+from sglang_pmkvq.sizing import _check_model
 from tests.support.models import make_model
 
 # Constructing stops before the model is looked at, so this path is never opened.
@@ -68,6 +68,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "--is-embedding": {"is_embedding": True},
     "--enable-mis": {"enable_mis": True},
     "--enable-dynamic-chunking": {"enable_dynamic_chunking": True},
+    "--enable-priority-scheduling without --disable-priority-preemption": {"enable_priority_scheduling": True},
     "--elastic-ep-backend": {"elastic_ep_backend": "mooncake"},
     "--chunked-prefill-size 0 or below": {"chunked_prefill_size": -1},
     "--page-size other than 16, 32 or 64": {"page_size": 1},
@@ -280,7 +281,7 @@ def runner(**changes: Any) -> SimpleNamespace:
         "v_head_dim": 128,
         "has_attention_sinks": False,
     }
-    args = {"attention_backend": "pmkvq", "chunked_prefill_size": 2048, "pmkvq_timeline": None, "dp_size": 1}
+    args = {"attention_backend": "pmkvq", "chunked_prefill_size": 2048}
     facts: dict[str, Any] = {
         "use_mla_backend": False,
         "is_hybrid_swa": False,
@@ -288,8 +289,6 @@ def runner(**changes: Any) -> SimpleNamespace:
         "is_draft_worker": False,
         "kv_cache_dtype": torch.bfloat16,
         "dtype": torch.bfloat16,
-        "tp_rank": 0,
-        "dp_rank": None,
     }
     for name, value in changes.items():
         owner = next((d for d in (model, args, facts) if name in d), None)
@@ -410,19 +409,6 @@ def test_a_hook_that_did_not_apply_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(HookRegistry, "_patched", paths - {lost})
     with pytest.raises(RuntimeError, match=f"hooks did not apply: {re.escape(lost)}"):
         verify_pools(SimpleNamespace(token_to_kv_pool=pool, token_to_kv_pool_allocator=allocator))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "path"),
-    [
-        ({}, "t.jsonl"),
-        ({"tp_rank": 1}, None),
-        ({"dp_size": 2, "dp_rank": 1}, "t.jsonl.dp1"),
-        ({"dp_size": 2, "dp_rank": 1, "tp_rank": 1}, None),
-    ],
-)
-def test_each_replica_writes_a_timeline_of_its_own(ranks: dict[str, Any], path: str | None) -> None:
-    assert _timeline_of(runner(pmkvq_timeline="t.jsonl", **ranks)) == path  # type: ignore[arg-type]
 
 
 @pytest.mark.server

@@ -132,7 +132,12 @@ class Group:
                 want = max(want, -(-lacking // gain) if gain else self.step_pages[at])
         pages = self.take_oldest(cls, at, want)
         if pages:
-            self.shrink(pages, at, at + 1)
+            try:
+                self.shrink(pages, at, at + 1)
+            except BaseException:
+                # They are off their queue, and nobody else would ever find them.
+                self.queue(pages)
+                raise
         return not self.short(need)
 
     def take_oldest(self, cls: int, step: int, n: int) -> list[int]:

@@ -9,7 +9,7 @@ clock or at device memory: the same calls give the same commands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -77,7 +77,9 @@ class Ledger:
         self.shrinker.evict = evict
         self.meter = BitMeter(self)
         self.tick = 0
-        # Requests whose chunk the last forward wrote; (page, generation, tick) of ownerless pages.
+        # Forwards issued so far; a call that found no pages advances the tick, but writes nothing.
+        self._forwards = 0
+        # Requests whose chunk the last forward wrote; (page, generation, forwards) of ownerless pages.
         self._issued = True
         self._extended: list[int] = []
         self._loose: list[tuple[int, int, int]] = []
@@ -148,7 +150,11 @@ class Ledger:
             requests.tick[slot] = self.tick
             requests.tokens[slot] = after
             requests.set_bounds(slot, requests.window_start(after), before // size)
-        born = self._born(total, 1)
+        try:
+            born = self._born(total, 1)
+        except BaseException:
+            self._take_back((slot, before) for slot, before, _, _ in rows)
+            raise
         start = 0
         for slot, _, _, new in rows:
             requests.grow(slot, born[start : start + new])
@@ -192,7 +198,11 @@ class Ledger:
         requests.slide(slots, seq_lens)
         requests.tokens[slots] = seq_lens
         requests.tick[slots] = self.tick
-        born = self._born(len(rows), 1)
+        try:
+            born = self._born(len(rows), 1)
+        except BaseException:
+            self._take_back(zip(slots.tolist(), (seq_lens - 1).tolist(), strict=True))
+            raise
         if born:
             requests.grow_by_one(growing, born)
         self.meter.sample(self.book.mapped_pages)
@@ -208,7 +218,7 @@ class Ledger:
         if n > self.free_page_count:
             return None
         born = self._born(n, 0)
-        self._loose.extend((page, self.book.gen[page], self.tick) for page in born)
+        self._loose.extend((page, self.book.gen[page], self._forwards) for page in born)
         return np.array(born, np.int64)
 
     def _next_tick(self, mixed: Sequence[int] | None) -> None:
@@ -230,11 +240,17 @@ class Ledger:
         self._extended = waiting
         self._issued = False
         pending = self._loose
-        self._loose = [loose for loose in pending if loose[2] > self.tick - 2]
-        for page, gen, tick in pending:
-            if tick <= self.tick - 2 and book.gen[page] == gen:
+        self._loose = [loose for loose in pending if loose[2] == self._forwards]
+        for page, gen, forwards in pending:
+            if forwards < self._forwards and book.gen[page] == gen:
                 book.hard[page] -= 1
                 book.reclass(page)
+
+    def _take_back(self, rows: Iterable[tuple[int, int]]) -> None:
+        """No pages could be had: (request, tokens before) are as they were, and the books agree."""
+        for slot, before in rows:
+            self.requests.tokens[slot] = before
+            self.requests.set_bounds(slot, self.requests.window_start(before), before // self.page_size)
 
     def _born(self, n: int, refs: int) -> list[int]:
         """``n`` free pages, mapped at 16 bits in every group."""
@@ -311,7 +327,14 @@ class Ledger:
         Call it when that forward is issued: an ``append`` after an undrained ``extend`` joins its forward.
         """
         self._issued = True
+        self._forwards += 1
         return self.log.drain(self.arenas)
+
+    @property
+    def pending(self) -> bool:
+        """True if the device is behind: there are commands that ``drain`` has not handed out."""
+        log = self.log
+        return bool(log.keys or log.whole_table or any(log.dirty))
 
     # ---------------------------------------------------------------- looking
 
