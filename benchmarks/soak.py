@@ -333,7 +333,8 @@ class Soak:
         self.start = time.monotonic()
         self.pid = scheduler_pid(self.server)
         self.server.mark()
-        connector = aiohttp.TCPConnector(limit=0)
+        # A connection each: one that the server closes while it is taken up again would look like a lost request.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=600)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as self.session:
             clients = [asyncio.create_task(self.client()) for _ in range(CLIENTS)]
