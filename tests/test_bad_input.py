@@ -176,9 +176,12 @@ def test_schedulers_do_not_share_a_timeline() -> None:
 
 
 def limited(code: str, folder: Path, size: int) -> subprocess.CompletedProcess[str]:
-    """Python ``code`` in a process that cannot write a file beyond ``size`` bytes, as on a full disk."""
+    """Python ``code`` in a process that cannot write a file beyond ``size`` bytes, as on a full disk.
+
+    -B: or Python would leave compiled modules behind that are cut off at ``size``, and later imports would fail.
+    """
     return subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
+        [sys.executable, "-B", "-c", code, str(folder)],
         cwd=ROOT,
         capture_output=True,
         text=True,
