@@ -15,7 +15,7 @@ pytestmark = pytest.mark.server
 # How far one chain's statistics may exceed those of the control, which is the same replay with activations rounded to
 # bf16: two samples of one noise, whose mean, 99th percentile and maximum differ by chance. 20 chains: docs/results.md.
 CHANCE = 4
-TESTED = ("16 bits", "static 8, window 0", "static 4, window 0", "progressive 4, window 64")
+TESTED = ("static 4, window 0", "progressive 4, window 64")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,13 @@ def models() -> tuple[Any, Any]:
     return model, noisy(model)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in TESTED], ids=lambda c: c.name)
+# Not at 2 bits: there a chain amplifies noise until even its mean is one of chance.
+CHECKED = [c for c in CASES if "2" not in c.final]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=() if c.name in TESTED else pytest.mark.full) for c in CHECKED]
+)
 def test_pages_read_as_the_reference_says(case: Case, models: tuple[Any, Any]) -> None:
     problems = problem_set(1, 60, 60, first=300)
     ids, _ = prompt_ids(REASONER, problems)
