@@ -172,6 +172,7 @@ def test_exactly_full(server: Server) -> None:
     assert stuck < WATCHDOG
 
 
+@pytest.mark.full
 def test_far_too_much_at_once_is_no_livelock(server: Server) -> None:
     """Twice the pool, admitted boldly: requests are retracted, all of them end, and the watchdog stays low."""
     tokens = server.pool()["logical_tokens"]

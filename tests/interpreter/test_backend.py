@@ -73,7 +73,9 @@ def make_backend(monkeypatch: pytest.MonkeyPatch, finals: list[tuple[int, int]],
         req_to_token_pool=SimpleNamespace(req_to_token=req_to_token),
         device="cpu",
         model=torch.nn.ModuleList(layers),
-        model_config=SimpleNamespace(num_attention_heads=2 * HQ),
+        model_config=SimpleNamespace(
+            num_attention_heads=2 * HQ, hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"])
+        ),
         tp_size=2,
     )
     return PmkvqAttnBackend(runner)  # type: ignore[arg-type]
