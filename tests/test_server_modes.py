@@ -23,10 +23,9 @@ pytestmark = pytest.mark.server
     ("flags", "env"),
     [
         (("--enable-mixed-chunk", "--disable-overlap-schedule", "--pmkvq-policy", "uniform"), {}),
-        pytest.param(
+        (
             ("--enable-mixed-chunk", "--page-size", "32", "--pmkvq-protect", "hard", "--pmkvq-group-size", "32"),
             {"SGLANG_TEST_RETRACT": "1"},
-            marks=pytest.mark.full,
         ),
     ],
     ids=["mixed-chunk-no-overlap-uniform", "mixed-chunk-retract-page32-hard-group32"],
@@ -55,6 +54,7 @@ def test_two_groups_under_pressure(flags: tuple[str, ...], env: dict[str, str]) 
         assert not server.errors()
 
 
+@pytest.mark.full
 def test_retractions_under_shortage_lose_nothing() -> None:
     """Bytes for a few of the chains, admitted boldly: SGLang must retract; all finish, nearly all right."""
     problems = problem_set(12, 50, 60, first=140)
