@@ -30,6 +30,7 @@ from benchmarks.forced import WINDOW, Widths, chains, compare
 from benchmarks.key_ranges import key_ranges
 from benchmarks.pressure import Row, problem_set, prompt_ids, run_row, versions, wilson
 from benchmarks.reasoner.evaluate import load
+from benchmarks.result import write
 from benchmarks.serving import REASONER, ROOT
 from sglang_pmkvq import artifact
 from sglang_pmkvq.calib.run import Settings, calibrate
@@ -103,9 +104,7 @@ class Bench:
         print(json.dumps({k: v for k, v in row.items() if k != "pool"}), flush=True)
 
     def save(self) -> None:
-        out: Path = self.options.out
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(self.result, indent=1) + "\n")
+        write(self.result, self.options.out)
 
     def calibration(self, variant: Variant, seed: int) -> artifact.Calibration | None:
         """The calibration of a variant; None where there is nothing to calibrate. Made once, then read."""

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from benchmarks.pressure import versions
+from benchmarks.result import write
 from benchmarks.serving import REASONER, STRICT, generate_many, scheduler_pid, serve
 from benchmarks.steady import body, random_prompts
 
@@ -109,9 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for measure in rows:
             result["rows"].append(measure())
             print(json.dumps(result["rows"][-1]), flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, options.out)
     return 0
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pressure import problem_set, prompt_ids, versions
+from benchmarks.result import write
 from benchmarks.serving import REASONER, Server, generate_many, serve
 
 BIG_POOL = "1GiB"
@@ -89,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.part in ("both", "alone" if alone else "together"):
             result["parts"].append(compare(options.model, ids, longest, alone))
             print(json.dumps(result["parts"][-1]), flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, options.out)
     wrong = [p for p in result["parts"] if p["ours_against_stock"] > p["stock_against_stock"] or p["shrinks"]]
     return 1 if wrong else 0
 

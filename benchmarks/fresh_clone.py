@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pressure import versions
+from benchmarks.result import write
 from benchmarks.serving import ROOT, free_port
 from sglang_pmkvq import demo
 
@@ -112,9 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.only != "serve":
             result["test"] = run_suite(clone, env)
             print(json.dumps(result["test"]), flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, options.out)
     return 0
 
 

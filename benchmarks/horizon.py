@@ -33,6 +33,7 @@ import psutil
 
 from benchmarks.ledger import _cpu
 from benchmarks.pressure import versions
+from benchmarks.result import write
 from sglang_pmkvq.commands import CommandBatch
 from sglang_pmkvq.formats import UNITS_PER_SUPERBLOCK, PageShape, geometry_for_pages, groups_from_finals
 from sglang_pmkvq.ledger import Ledger, PolicyConfig
@@ -395,9 +396,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         **measure(options.events, options.seed),
     }
     print(json.dumps({k: v for k, v in result.items() if k != "blocks"}, indent=1))
+    write(result, options.out)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
         draw(result, options.out.with_suffix(".png"))
     return 0
 

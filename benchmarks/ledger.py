@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.result import write
 from sglang_pmkvq.formats import PageShape, geometry_for_pages, groups_from_finals
 from sglang_pmkvq.ledger import Ledger, PolicyConfig
 
@@ -170,8 +171,7 @@ def main() -> None:
             "empty_loop_ns": loop,
             "rows": rows,
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, args.out)
 
 
 def _cpu() -> str:

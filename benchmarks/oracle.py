@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks.pressure import problem_set, prompt_ids, versions
+from benchmarks.result import write
 from benchmarks.serving import REASONER, Server, serve
 from sglang_pmkvq import artifact
 from sglang_pmkvq.config import Protection, choose_geometry, limits_for, page_shape, parse_final_bits, parse_size
@@ -283,9 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             [row, *(c for c in result["cases"] if c["case"] in order and c["case"] != case.name)],
             key=lambda c: order.index(c["case"]),
         )
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, options.out)
     return 0
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reasoner.task import Problem, check, eval_problem, messages
+from benchmarks.result import write
 from benchmarks.serving import REASONER, ROOT, Server, generate_many, serve
 
 PAGE = 16
@@ -262,10 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Rows may be added later, by another version than the first ones.
         result["rows"].append({**row_result, "commit": versions()["commit"]})
         print(table(result["rows"][-1:]).splitlines()[-1], flush=True)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            slim = [{k: v for k, v in r.items() if k != "output_ids"} for r in result["rows"]]
-            options.out.write_text(json.dumps({**result, "rows": slim}, indent=1) + "\n")
+        slim = [{k: v for k, v in r.items() if k != "output_ids"} for r in result["rows"]]
+        write({**result, "rows": slim}, options.out)
     print(table(result["rows"]))
     return 0
 

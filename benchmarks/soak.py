@@ -37,6 +37,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.pressure import bytes_per_token, versions
 from benchmarks.reasoner import task
+from benchmarks.result import write
 from benchmarks.serving import REASONER, STRICT, Server, generate_many, scheduler_pid, serve
 
 POOL = 6 << 20
@@ -418,9 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": soak.rounds,
     }
     print(json.dumps({k: v for k, v in result.items() if k != "rounds"}, indent=1))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, options.out)
     return 1 if tally.lost else 0
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pressure import model_facts, versions
+from benchmarks.result import write
 from benchmarks.serving import REASONER, Server, generate_many, serve
 
 POOL = "8MiB"
@@ -82,9 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": [run(options.model, 8), run(options.model, 2)],
     }
     print(json.dumps(result["rows"], indent=1))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, options.out)
     return 0
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pressure import model_facts, versions
+from benchmarks.result import write
 from benchmarks.serving import REASONER, Server, generate_many, serve
 from benchmarks.steady import random_prompts
 
@@ -89,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for batch in map(int, options.batches.split(",")):
             result["rows"].append(compare(ours, stock, vocab, batch, options.repeats))
             print(json.dumps(result["rows"][-1]), flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, options.out)
     return 0
 
 

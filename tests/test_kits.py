@@ -199,20 +199,24 @@ def seed_prompts(cls: type[SeededKL]) -> None:
 
 
 @pytest.fixture(scope="class")
-def low_bits(request: pytest.FixtureRequest, on_small_pool: None, small_pool: Server) -> Iterator[None]:
+def low_bits(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Prompts for the KL kit on the server that the class is bound to, whose pages must shrink meanwhile."""
     seed_prompts(request.cls)
-    before = shrinks(small_pool)
+    before = shrinks(request.cls.server)
     yield
-    assert shrinks(small_pool) > before
+    assert shrinks(request.cls.server) > before
 
 
-@pytest.mark.usefixtures("low_bits")
-class TestKLDivergenceOfShrunkPages(SeededKL):
-    __test__ = True
+class LowBitsKL(SeededKL):
     kl_div_thres = KL_LOW_BITS
     kl_div_max_samples = 10
     kl_div_prefill_max_new_tokens = 64
     kl_div_decode_max_new_tokens = 64
+
+
+@pytest.mark.usefixtures("on_small_pool", "low_bits")
+class TestKLDivergenceOfShrunkPages(LowBitsKL):
+    __test__ = True
 
 
 # -- the same with requests retracted all the time -----------------------------------------------------------
@@ -270,21 +274,9 @@ class TestSchedulerStressWhileRetracting(KitCase, BasicSchedulerStressMixin):
             run.result()
 
 
-@pytest.fixture(scope="class")
-def low_bits_retracting(request: pytest.FixtureRequest, on_retracting: None, retracting: Server) -> Iterator[None]:
-    seed_prompts(request.cls)
-    before = shrinks(retracting)
-    yield
-    assert shrinks(retracting) > before
-
-
-@pytest.mark.usefixtures("low_bits_retracting")
-class TestKLDivergenceWhileRetracting(SeededKL):
+@pytest.mark.usefixtures("on_retracting", "low_bits")
+class TestKLDivergenceWhileRetracting(LowBitsKL):
     __test__ = True
-    kl_div_thres = KL_LOW_BITS
-    kl_div_max_samples = 10
-    kl_div_prefill_max_new_tokens = 64
-    kl_div_decode_max_new_tokens = 64
 
 
 # -- bundled model: the content is right ---------------------------------------------------------------------

@@ -42,9 +42,9 @@ class PmkvqAttnBackend(AttentionBackend):
                 f"attention backend pmkvq needs its own pool, SGLang built {type(pool).__name__}"
             )
         architectures = runner.model_config.hf_config.architectures
-        for layer in runner.model.modules():
-            if isinstance(layer, RadixAttention):
-                check_model_facts(layer, LAYER_REFUSALS, architectures)
+        layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
+        for layer in layers:
+            check_model_facts(layer, LAYER_REFUSALS, architectures)
         self.token_to_kv_pool = pool
         self.req_to_token_pool = runner.req_to_token_pool
         self.device = runner.device
@@ -57,16 +57,14 @@ class PmkvqAttnBackend(AttentionBackend):
         self._graph_decode: list[MixedKVDecodeWrapper] | None = None
         self._active_decode = self._decode
         if self._triton:
-            self._compile_kernels(runner)
+            self._compile_kernels(layers)
 
-    def _compile_kernels(self, runner: ModelRunner) -> None:
+    def _compile_kernels(self, layers: list[RadixAttention]) -> None:
         """Compile what serving will launch, or load it from Triton's cache: a forward must not wait for it."""
-        from sglang.srt.layers.radix_attention import RadixAttention
-
         from sglang_pmkvq.kernels.warm_up import warm_up
 
         start = time.monotonic()
-        caps = {float(layer.logit_cap) for layer in runner.model.modules() if isinstance(layer, RadixAttention)}
+        caps = {float(layer.logit_cap) for layer in layers}
         for storage in self.token_to_kv_pool.storages:
             warm_up(storage, self._query_heads, caps or {0.0}, self.req_to_token_pool.req_to_token.dtype)
         logger.info("pmkvq: kernels ready in %.1f s", time.monotonic() - start)
@@ -205,12 +203,13 @@ class PmkvqAttnBackend(AttentionBackend):
 
 def _check_call(layer: RadixAttention, k: torch.Tensor | None, extra: dict[str, object]) -> None:
     """Refuse what only a call shows: layers that read another layer's KV, and arguments that the kernels ignore."""
+    if k is not None and not extra:
+        return
     unknown = [name for name, value in extra.items() if value is not None]
     if k is None or unknown:
-        what = f"the attention arguments {', '.join(unknown)}" if unknown else "KV shared between layers"
+        what = f"attention with {', '.join(unknown)}" if unknown else "KV that is another layer's"
         raise PmkvqConfigError(
-            f"--kv-quant pmkvq cannot serve layer {layer.layer_id}: {what}: the kernels know neither; "
-            "use --kv-quant none."
+            f"--kv-quant pmkvq cannot serve layer {layer.layer_id}: the kernels know no {what}; use --kv-quant none."
         )
 
 
