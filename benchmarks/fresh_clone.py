@@ -23,8 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pressure import versions
-from benchmarks.result import write
+from benchmarks.result import versions, write
 from benchmarks.serving import ROOT, free_port
 from sglang_pmkvq import demo
 

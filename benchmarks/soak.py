@@ -35,9 +35,9 @@ import numpy as np
 import psutil
 from transformers import AutoTokenizer
 
-from benchmarks.pressure import bytes_per_token, versions
+from benchmarks.methods import bytes_per_token
 from benchmarks.reasoner import task
-from benchmarks.result import write
+from benchmarks.result import versions, write
 from benchmarks.serving import REASONER, STRICT, Server, generate_many, scheduler_pid, serve
 
 POOL = 6 << 20
@@ -366,9 +366,7 @@ def against_stock(answers: Sequence[Done], rng: random.Random) -> tuple[int, int
     chosen = rng.sample(whole, min(SAMPLE, len(whole)))
     if not chosen:
         return 0, 0
-    bodies = [
-        {"input_ids": a.ids, "sampling_params": {"temperature": 0, "max_new_tokens": a.limit}} for a in chosen
-    ]
+    bodies = [{"input_ids": a.ids, "sampling_params": {"temperature": 0, "max_new_tokens": a.limit}} for a in chosen]
     with serve(REASONER, ["--max-total-tokens", "100000", "--chunked-prefill-size", "256"], quant=False) as stock:
         again = generate_many(stock, bodies, 8)
     return len(chosen), sum(a.output != b["output_ids"] for a, b in zip(chosen, again, strict=True))

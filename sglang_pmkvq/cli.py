@@ -11,6 +11,21 @@ from collections.abc import Sequence
 from sglang_pmkvq import __version__
 
 
+# Modules of the repository's benchmarks/ folder.
+BENCHES = {
+    "accuracy": "right answers of a running server, methods at equal bytes",
+    "kld": "divergence from a 16-bit server on the same tokens, over context length",
+    "offline": "16 bits, static widths and KIVI on the bundled model, without a server",
+    "serve": "throughput and latency with SGLang's own client, methods at equal bytes",
+    "prefix": "what the prefix cache keeps over many turns, at equal bytes",
+    "programs": "sgl.function programs that fork and join",
+    "tpot": "time per output token while nothing shrinks, against stock",
+    "capacity": "tokens and memory against stock",
+    "kernels": "attention kernels on a GPU",
+    "ledger": "host time of the page ledger",
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pmkvq", description="Progressive mixed-precision KV cache for SGLang: tools around the server."
@@ -36,6 +51,17 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--out", metavar="PICTURE", help="PNG, SVG or PDF (default: FILE with .png)")
     inspect.add_argument("--no-picture", action="store_true", help="the table only")
     inspect.set_defaults(run=_inspect)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure: accuracy, kld, serve, prefix, programs, …",
+        description="Runs one benchmark of the repository; pmkvq bench NAME --help lists its options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["benchmarks:", *(f"  {name:<12}{what}" for name, what in BENCHES.items())]),
+    )
+    bench.add_argument("name", choices=BENCHES, metavar="NAME")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    bench.set_defaults(run=_bench)
 
     demo = commands.add_parser(
         "serve-demo",
@@ -159,6 +185,21 @@ def _report(args: argparse.Namespace, extra: list[str]) -> int:
     print(summary.text())
     print(f"picture         {path}")
     return 0
+
+
+def _bench(args: argparse.Namespace, extra: list[str]) -> int:
+    import subprocess
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / f"{args.name}.py").is_file():
+        raise ValueError(
+            f"{args.name} is in the repository's benchmarks/ folder, which the installed package does not hold; "
+            f"clone the repository and run it with that pmkvq"
+        )
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", f"benchmarks.{args.name}", *args.arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
 def _serve_demo(args: argparse.Namespace, extra: list[str]) -> int:

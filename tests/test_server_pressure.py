@@ -16,7 +16,8 @@ from unittest.mock import ANY
 import pytest
 import requests
 
-from benchmarks.pressure import PAGE, bytes_per_token, problem_set, prompt_ids
+from benchmarks.methods import PAGE, bytes_per_token
+from benchmarks.pressure import problem_set, prompt_ids
 from benchmarks.reasoner.task import check, messages
 from benchmarks.serving import REASONER, STRICT, Server, generate_many, serve
 from benchmarks.steady import random_prompts
