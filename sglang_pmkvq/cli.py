@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from sglang_pmkvq import __version__
 
-
 # Modules of the repository's benchmarks/ folder.
 BENCHES = {
     "accuracy": "right answers of a running server, methods at equal bytes",
