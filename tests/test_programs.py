@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ from benchmarks.methods import PAGE
 from benchmarks.programs import best_of_n, problems, self_consistency, tree_of_thought, tutor
 from benchmarks.programs.__main__ import PROGRAMS, main, table
 from benchmarks.programs.checker import right_lines
-from benchmarks.programs.frontend import template_of
+from benchmarks.programs.frontend import Endpoint, Usage, execute, template_of
 from benchmarks.programs.problems import Problem, answer_of, load, traced
-from benchmarks.programs.runs import Client, Shared, look_up
+from benchmarks.programs.runs import CachedPrefix, Client, Outcome, Run, Shared, figures, look_up
 from benchmarks.programs.self_consistency import vote
 from benchmarks.programs.tree_of_thought import Node, grow, prune
 from benchmarks.reasoner.task import eval_problem
@@ -197,6 +198,22 @@ def test_wrong_options(args: list[str], message: str, tmp_path: Path, capsys: py
     assert not out.exists()
 
 
+def test_table_shows_every_row_and_says_what_is_missing() -> None:
+    outcome = Outcome([True, False], Shared("x", [40, 40, 40]), [True, True, False])
+    whole, gone = CachedPrefix(2, 2, 4, 7.0), CachedPrefix(2, 1)
+    runs = [Run(outcome, Usage(3, 120, 96, 200), prefix) for prefix in (whole, gone)]
+    found = figures(runs, 4.0)
+    assert (found.right, found.answers, found.chains_right, found.chains) == (2, 4, 4, 6)
+    assert (found.prefix_tokens_apart, found.prefix_tokens_once) == (2 * 3 * 32, 2 * 32)
+    assert (found.prefix_kept, found.prefix_lowest_bits, found.prefix_mean_bits) == (0.75, 4, 7.0)
+    row = {**asdict(found), "prefix_apart_bytes": 192 * 3072, "prefix_once_bytes": 64 * 3072, "retractions": 1}
+    keys = [{"program": "tutor", "method": name} for name in ("age-2", "stock-fp8")]
+    lines = table({"rows": [{"key": keys[0], **row}, {"key": keys[1], "missing": "no such dtype"}]}).splitlines()
+    assert lines[2] == ("| tutor | age-2 | 2/4 | 15-85 % | 4/6 | 576 / 192 | 75 % | 4 / 7.0 | 80 % | 100 | 1 |")
+    assert lines[3].startswith("| tutor | stock-fp8 | missing: no such dtype |")
+    assert len({line.count("|") for line in lines}) == 1
+
+
 # --- on a server ---
 
 RUNNING = 8
@@ -283,12 +300,46 @@ def test_a_checked_tree_is_right_at_any_temperature(client: Client) -> None:
 
 
 @pytest.mark.server
-def test_the_likeliest_candidate_is_one_of_them(client: Client) -> None:
+def test_select_takes_the_likeliest_candidate(server: Server, client: Client) -> None:
+    """So hot that all candidates differ; their log-probabilities are asked for once more, one by one."""
     (problem,) = load(options("--problems", "1", "--lines", "16"))
-    run = client.run(best_of_n.PROGRAM, problem, options("--candidates", "4", "--temperature", "1.3"))
-    assert len(run.outcome.candidates) == 4
-    assert run.outcome.right[0] in run.outcome.candidates
-    assert run.used.requests > 4  # select scored them
+    endpoint = Endpoint(client.url, client.template)
+    state = execute(
+        best_of_n.best_of_n,
+        endpoint,
+        question=problem.question,
+        candidates=4,
+        max_tokens=40,
+        answer_of=problem.answer_of,
+        temperature=3.0,
+        ignore_eos=True,
+    )
+    texts = state["texts"]
+    assert len(set(texts)) == 4
+    assert endpoint.used.requests == 4 + 1 + 4  # the candidates, the prefix, the scores
+    prompt = len(client.tokenizer(state["prefix"])["input_ids"])
+
+    def mean_logprob(text: str) -> float:
+        answer = server.generate(
+            text=state["prefix"] + text,
+            sampling_params={"max_new_tokens": 0, "temperature": 0},
+            return_logprob=True,
+            logprob_start_len=prompt - 1,
+        )
+        values = [value for value, *_ in answer["meta_info"]["input_token_logprobs"] if value is not None]
+        return sum(values) / len(values)
+
+    scores = {text: mean_logprob(text) for text in texts}
+    assert len({round(score, 2) for score in scores.values()}) > 1
+    assert scores[state["best"]] >= max(scores.values()) - 0.05
+
+
+@pytest.mark.server
+def test_best_of_n_is_right_where_its_candidates_are(client: Client) -> None:
+    (problem,) = load(options("--problems", "1", "--lines", "16"))
+    run = client.run(best_of_n.PROGRAM, problem, options("--candidates", "3", "--temperature", "0.7"))
+    assert list(run.outcome.candidates) == [True] * 3
+    assert list(run.outcome.right) == [True]
 
 
 @pytest.mark.server

@@ -87,7 +87,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checker", choices=sorted(CHECKERS), help="for records that name none")
     parser.add_argument("--problems", type=int, default=8, help="default %(default)s")
     parser.add_argument("--lines", default="40-56", help="program lines of the bundled task, default %(default)s")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampled chains, default %(default)s")
+    parser.add_argument("--temperature", type=float, default=1.5, help="of sampled chains, default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="default: what the task needs, 1024 for files")
     parser.add_argument("--concurrency", type=int, default=4, help="problems at a time, default %(default)s")
 

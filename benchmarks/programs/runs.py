@@ -143,9 +143,12 @@ class Client:
 
     def run_all(self, program: Program, asked: Sequence[Problem], options: argparse.Namespace) -> list[Run]:
         """All problems, ``options.concurrency`` at a time, answers in order."""
-        with ThreadPoolExecutor(options.concurrency) as pool:
+        pool = ThreadPoolExecutor(options.concurrency)
+        try:
             runs = pool.map(lambda problem: self.run(program, problem, options), asked)
             return list(tqdm(runs, total=len(asked), desc=program.name))
+        finally:  # after an error or Ctrl-C, what has not begun does not begin
+            pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
