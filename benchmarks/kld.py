@@ -253,6 +253,7 @@ def load(options: argparse.Namespace) -> Run:
     for name in ("problems", "concurrency", "top", "bin", "max_new_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more")
+    model_facts(options.model)  # a wrong path is said here, before anybody looks for it elsewhere
     tokenizer = AutoTokenizer.from_pretrained(options.model)
 
     def prompt(messages: list[dict[str, str]]) -> list[int]:

@@ -68,14 +68,20 @@ def pool_row(values: tuple[float, ...], bits: int) -> torch.Tensor:
     return torch.tensor([chain(c, bits) * (float(span) / (2**bits - 1)) + float(zero) for c in codes])
 
 
-@cache
-def kivi_group(values: tuple[float, ...], bits: int) -> torch.Tensor:
+def kivi_group(values: list[float], bits: int) -> list[float]:
     """One group of KIVI: asymmetric, zero and scale in fp16."""
     zero = float(np.float16(min(values)))
     scale = float(np.float16((max(values) - zero) / (2**bits - 1)))
     if scale == 0:
-        return torch.full((len(values),), zero)
-    return torch.tensor([min(max(round((v - zero) / scale), 0), 2**bits - 1) * scale + zero for v in values])
+        return [zero] * len(values)
+    return [min(max(round((v - zero) / scale), 0), 2**bits - 1) * scale + zero for v in values]
+
+
+@cache
+def kivi_rows(data: bytes, bits: int) -> torch.Tensor:
+    """float32 [groups, 32], each row a group."""
+    rows = np.frombuffer(data, np.float32).reshape(-1, 32).tolist()
+    return torch.tensor([kivi_group(row, bits) for row in rows])
 
 
 def expected(case: str, side: int, layer: int, rows: torch.Tensor, reads: int) -> torch.Tensor:
@@ -92,13 +98,11 @@ def expected(case: str, side: int, layer: int, rows: torch.Tensor, reads: int) -
         residual, bits = quantizer.residual, quantizer.bits
         if side == K:
             for start in range(0, n // residual * residual, 32):
-                for channel in range(rows.shape[1]):
-                    group = tuple(rows[start : start + 32, channel].tolist())
-                    out[start : start + 32, channel] = kivi_group(group, bits)
+                channels = rows[start : start + 32].T.contiguous()
+                out[start : start + 32] = kivi_rows(channels.numpy().tobytes(), bits).T
         else:
             for t in range(max(0, n - residual)):
-                for start in range(0, rows.shape[1], 32):
-                    out[t, start : start + 32] = kivi_group(tuple(rows[t, start : start + 32].tolist()), bits)
+                out[t] = kivi_rows(rows[t].numpy().tobytes(), bits).flatten()
     return out
 
 
@@ -142,12 +146,13 @@ def one_pass(model: Llama, tokens: list[int], prompt: int, case: str) -> torch.T
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("prompt", [20, 150])
-def test_one_pass_and_decoding_read_what_the_definition_says(small: Llama, case: str, prompt: int) -> None:
+@pytest.mark.parametrize(("prompt", "limits"), [(20, [160, 30]), (150, [110, 20])])
+def test_one_pass_and_decoding_read_what_the_definition_says(
+    small: Llama, case: str, prompt: int, limits: list[int]
+) -> None:
     """A batch of two lengths decodes greedily; the definition, and one pass over the outcome, give the same logits."""
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 64, (n,), generator=generator).tolist() for n in (prompt, prompt + 21)]
-    limits = [160, 40]
     outputs = generate(small, prompts, limits, CASES[case], end=-1)
     for given, output, limit in zip(prompts, outputs, limits, strict=True):
         assert len(output) == limit
@@ -308,11 +313,11 @@ def answers(reasoner: tuple[Llama, Any], quantizer: Quantizer, problems: int, li
 
 def test_sixteen_bits_answer_as_the_model_does(reasoner: tuple[Llama, Any]) -> None:
     """A bf16 cache decides like the fp32 one of the model's own evaluation, and decoding like the one pass."""
-    exact = answers(reasoner, Rounded(16), 6, (60, 80))
-    assert answers(reasoner, Sixteen(Config()), 6, (60, 80)) == exact
+    exact = answers(reasoner, Rounded(16), 6, (40, 60))
+    assert answers(reasoner, Sixteen(Config()), 6, (40, 60)) == exact
     assert sum(right for right, *_ in exact) >= 5
     model, tokenizer = reasoner
-    problem = eval_problem(0, 60, 80)
+    problem = eval_problem(0, 30, 40)
     prompt = prompt_tokens(tokenizer, problem)
     gold = [*tokenizer(problem.chain)["input_ids"], tokenizer.eos_token_id]
     for quantizer in (Sixteen(Config()), Kivi(Config(), 4)):
