@@ -13,8 +13,9 @@ at 16 bits and then quantized, as the authors of KIVI do. Methods:
 * ``kivi-BITS``: KIVI (Liu et al., ICML 2024, arXiv 2402.02750, algorithm 1 and the authors' code). Keys are quantized
   per channel over groups of 32 tokens, whenever the residual has 128 of them, values per token over groups of 32
   channels as soon as they are older than 128 tokens; scale and zero in fp16.
-* ``kivi-BITS@bytes``: the same with the residual grown in steps of 32 tokens, as far as the bytes of ``--share`` or
-  ``--pool-bytes`` allow: the KIVI that may use the memory that others use. One row for each number of bytes.
+* ``kivi-BITS@bytes``: the same with the residual grown in steps of 32 tokens, from 32 on, as far as the bytes of
+  ``--share`` or ``--pool-bytes`` allow: the KIVI that may use the memory that others use. One row for each number of
+  bytes.
 
 Bytes count everything: codes, scales and zeros; pages whole, KIVI's tokens one by one. They are those of decode steps
 of ``--concurrency`` problems that run at a time, each followed by the next; the forward over a prompt is not counted.
@@ -361,12 +362,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     try:
         run, rows = prepare(options)
+        torch.set_num_threads(options.threads)
         drop = ("share", "pool_bytes", "problems", "threads")
         results = Results(options.out, "offline", methods.config(options, drop=drop), argv)
     except (OSError, ValueError) as error:
         print(f"pmkvq bench offline: {error}", file=sys.stderr)
         return 2
-    torch.set_num_threads(options.threads)
     for row in tqdm(rows, unit="row"):
         if results.has(row.key):
             continue
