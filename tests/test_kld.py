@@ -245,6 +245,7 @@ def test_a_file_gives_prompts_and_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.full
 def test_two_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The control is bf16 noise, 2 bits stand out behind the window; a second run starts no server."""
     out = tmp_path / "k.json"
