@@ -2,7 +2,7 @@
 
 Names:
 
-* ``16bit``: stock SGLang, as much memory as it likes: the ceiling of accuracy.
+* ``16bit``: stock SGLang with memory for everything: the ceiling of accuracy.
 * ``stock``: stock SGLang in the given bytes. ``stock-fp8``: the same with an fp8 KV cache.
 * ``age-FINAL``, ``uniform-FINAL``, ``static-FINAL``: our pool under that policy. FINAL is what ``--pmkvq-final-bits``
   takes (``2``, ``k4v2``, ``0-2:8,3-5:k4v2``) or a calibration file. ``static`` protects sinks and window hard, as
@@ -32,7 +32,7 @@ class Method:
     Attributes:
         name: as above.
         quant: our pool, else stock.
-        unbounded: not limited to the given bytes.
+        unbounded: gets all the bytes it needs, whatever the others get; the caller says how many.
         args: flags beyond those of the size.
     """
 
@@ -86,7 +86,7 @@ class Method:
         args += ["--chunked-prefill-size", str(chunk)] if chunk else []
         if self.quant:
             args += ["--page-size", str(PAGE)]
-        if pool_bytes is not None and not self.unbounded:
+        if pool_bytes is not None:
             if self.quant:
                 args += ["--pmkvq-pool-bytes", str(pool_bytes)]
             else:

@@ -73,6 +73,7 @@ class Results:
     A second run with the same settings goes on with the rows that the file lacks.
 
     Attributes:
+        command: the command of this run.
         rows: measured rows; each holds its ``key``, and either values or ``missing``: why there are none.
     """
 
@@ -90,10 +91,10 @@ class Results:
         self.path = path
         self.head: dict[str, Any] = {
             "benchmark": benchmark,
-            "command": " ".join(["pmkvq bench", benchmark, *(sys.argv[1:] if argv is None else argv)]),
             "config": json.loads(json.dumps(config)),
             "versions": versions(),
         }
+        self.command = " ".join(["pmkvq bench", benchmark, *(sys.argv[1:] if argv is None else argv)])
         self.rows: list[Row] = []
         if path is not None and path.exists():
             self._resume(path)
@@ -116,8 +117,8 @@ class Results:
         return any(row["key"] == key for row in self.rows)
 
     def add(self, key: Key, **values: Any) -> Row:
-        """Append a row and write the file; the commit is noted, as a resumed run may be of another one."""
-        row = {"key": key, **values, "commit": commit()}
+        """Append a row and write the file. Command and commit are noted: a resumed run's may be others."""
+        row = {"key": key, **values, "command": self.command, "commit": commit()}
         self.rows.append(row)
         self._save()
         return row

@@ -38,9 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
 
-    report = commands.add_parser("report", help="draw a file written by --pmkvq-timeline")
-    report.add_argument("file", help="the timeline, JSON lines")
-    report.add_argument("--out", metavar="PICTURE", help="PNG, SVG or PDF (default: FILE with .png)")
+    report = commands.add_parser("report", help="a timeline as a picture, or a folder of results as a page")
+    report.add_argument("file", help="written by --pmkvq-timeline, or a folder with files of pmkvq bench")
+    report.add_argument(
+        "--out", metavar="PATH", help="PNG, SVG or PDF (default: FILE with .png); of a folder: a folder for the page"
+    )
     report.set_defaults(run=_report)
 
     _add_calibrate(commands)
@@ -180,6 +182,8 @@ def _doctor(args: argparse.Namespace, extra: list[str]) -> int:
 def _report(args: argparse.Namespace, extra: list[str]) -> int:
     from sglang_pmkvq.report import write_report
 
+    if os.path.isdir(args.file):
+        return _repository("report", [args.file, *(["--out", args.out] if args.out else [])])
     path, summary = write_report(args.file, args.out)
     print(summary.text())
     print(f"picture         {path}")
@@ -187,17 +191,23 @@ def _report(args: argparse.Namespace, extra: list[str]) -> int:
 
 
 def _bench(args: argparse.Namespace, extra: list[str]) -> int:
+    return _repository(args.name, args.arguments)
+
+
+def _repository(name: str, arguments: list[str]) -> int:
+    """Run a module of the repository's benchmarks/, which the installed package does not hold."""
     import subprocess
     from pathlib import Path
 
     root = Path(__file__).resolve().parent.parent
-    if not (root / "benchmarks" / f"{args.name}.py").is_file():
+    home = root / "benchmarks"
+    if not ((home / f"{name}.py").is_file() or (home / name / "__main__.py").is_file()):
         raise ValueError(
-            f"{args.name} is in the repository's benchmarks/ folder, which the installed package does not hold; "
-            f"clone the repository and run it with that pmkvq"
+            f"{name} needs benchmarks/{name} of the repository, which the installed package does not hold; "
+            f"clone the repository and run its pmkvq"
         )
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", f"benchmarks.{args.name}", *args.arguments]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
