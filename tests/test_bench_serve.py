@@ -279,12 +279,12 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.server
-def test_a_server_error_leaves_no_time(servers: dict[str, Server], tmp_path: Path) -> None:
-    """More tokens than the server accepts: the client reports the refusal, and the run has no figures."""
+def test_a_refused_request_leaves_no_time(servers: dict[str, Server], tmp_path: Path) -> None:
+    """More tokens than the server accepts: it refuses within the stream, which the client takes for a success."""
     tokenizer = bench.word_tokenizer(tmp_path / "tokenizer", 624)
     profile = Profile("long-cot", 0, 8000, 1000)
     out = bench.run_client(servers["stock"].url, tokenizer, tmp_path, profile, 1, 1, 0)
-    with pytest.raises(RuntimeError, match="0 of 1 requests completed"):
+    with pytest.raises(RuntimeError, match="1 answers had no visible token: the server refused them"):
         client_figures(out, [1000])
 
 
