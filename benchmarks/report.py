@@ -225,8 +225,8 @@ KINDS: dict[str, Kind] = {
         "KIVI, offline",
         "Greedy decoding in plain PyTorch over a cache that is quantized as each method does; all bytes counted. "
         "`16bit` and `static` stand here to compare this harness with the servers. KIVI-n: keys per channel in groups "
-        "of 32 tokens, values per token in groups of 32 channels, 128 recent tokens at 16 bits; with a size, the recent "
-        "part is as long as the bytes allow.",
+        "of 32 tokens, values per token in groups of 32 channels, 128 recent tokens at 16 bits; with a size, the "
+        "recent part is as long as the bytes allow.",
         offline.table,
         _none,
     ),
