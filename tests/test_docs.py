@@ -12,7 +12,7 @@ from benchmarks import report, summary
 from tests.test_server_modes import MATRIX, SAMPLE
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("docs/results/*.md"), ROOT / "README.md", ROOT / "benchmarks" / "reasoner" / "README.md"])
+DOCS = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "benchmarks" / "reasoner" / "README.md"])
 
 
 def test_results_page_is_made_from_the_result_files() -> None:
