@@ -57,11 +57,9 @@ def inputs_of(
 def on_device(storage: GroupStorage, device: str) -> GroupStorage:
     """The same storage on a device."""
     arenas, meta = (tuple(None if t is None else t.to(device) for t in x) for x in (storage.arenas, storage.meta))
-    scale = None if storage.key_scale is None else storage.key_scale.to(device)
-    return dataclasses.replace(
-        storage, arenas=arenas, meta=meta, table=storage.table.to(device), key_scale=scale,
-        clipped_groups=storage.clipped_groups.to(device),
-    )  # fmt: skip
+    constants = {name: getattr(storage, name) for name in ("key_scale", "clip", "clip_edge", "clipped_groups")}
+    constants = {name: None if t is None else t.to(device) for name, t in constants.items()}
+    return dataclasses.replace(storage, arenas=arenas, meta=meta, table=storage.table.to(device), **constants)
 
 
 def relative_error(out: torch.Tensor, want: torch.Tensor) -> float:
