@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pressure import table as pressure_table
+from benchmarks.transform_rows import table as transforms_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -165,9 +166,7 @@ def _calibration(result: dict[str, Any]) -> str:
 
 
 def _transforms(result: dict[str, Any]) -> str:
-    from benchmarks.transforms import table
-
-    return table(result) + "\n"
+    return transforms_table(result) + "\n"
 
 
 def _compiled(result: dict[str, Any]) -> str:
@@ -292,8 +291,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "transforms",
         "Rotations and clipping",
         "Everything older than the window at its final widths, along gold chains. Ratios are paired by chain, of the "
-        "mean KL and (usual) of its geometric mean; brackets are 95 % bootstrap intervals. What the rows are and what they "
-        "mean: [calibration](calibration.md).",
+        "mean KL and (usual) of its geometric mean; brackets are 95 % bootstrap intervals. What the rows are and what "
+        "they mean: [calibration](calibration.md).",
         _transforms,
     ),
     (

@@ -24,8 +24,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.forced import WINDOW, chains, force
-from benchmarks.pressure import problem_set, versions, wilson
+from benchmarks.pressure import problem_set, versions
 from benchmarks.reasoner.evaluate import load
 from benchmarks.serving import REASONER
+from benchmarks.transform_rows import Row, rows, table
 from sglang_pmkvq.calib.corpus import Sample, load_corpus
 from sglang_pmkvq.calib.model import CalibrationModel, observing
 from sglang_pmkvq.calib.reparam import attention_rows, key_scales, observe_ranges, query_rows, range_state
@@ -49,7 +50,6 @@ ALPHAS = tuple(i / 9 for i in range(10))
 CLIPS = tuple(1 - i / 20 for i in range(13))  # 1 .. 0.4
 EFFECTIVE = (8192,)
 SEARCH_ROWS = 128
-RESAMPLES = 10_000
 
 Maps = tuple[Tensor | None, Tensor | None]
 """fp32 [H, D, D] into the space of the codes and back; None is the identity."""
@@ -270,71 +270,6 @@ def fit(layer: Statistics, side: int, name: str, bits: int, where: str) -> Coder
     return Coder(family(alpha), clip, where)
 
 
-@dataclass(frozen=True)
-class Row:
-    """Final widths by name, the map of K and of V, and where ranges are clipped for 2 bits ("" nowhere).
-
-    ``read_bits``: width that is read, where it is not the final one: what clipping for 2 bits costs before.
-    """
-
-    plan: str
-    k: str
-    v: str
-    clip: str = ""
-    read_bits: int = 0
-
-    @property
-    def name(self) -> str:
-        read = f", read at {self.read_bits} bits" if self.read_bits else ""
-        return f"{self.plan}: K {self.k}, V {self.v}, clip {self.clip or 'none'}{read}"
-
-    def finals(self, layers: int) -> tuple[tuple[int, int], ...]:
-        """Widths that α and clip factors are searched for."""
-        # Where 2-bit keys break lookups, by an order of magnitude more than anywhere else (docs/calibration.md).
-        fragile = {0, 2}
-        return {
-            "k2": ((2, 16),) * layers,
-            "v2": ((16, 2),) * layers,
-            "k2v2": ((2, 2),) * layers,
-            "k4v4": ((4, 4),) * layers,
-            "mixed": tuple((4 if layer in fragile else 2, 2) for layer in range(layers)),
-        }[self.plan]
-
-
-K_MAPS = (
-    "none", "scale", "hadamard", "scale, hadamard", "eigen", "eigen, scale", "eigen, hadamard",
-    "eigen, scale, hadamard", "eigen of queries, hadamard", "balanced, hadamard",
-)  # fmt: skip
-V_MAPS = ("none", "hadamard", "eigen", "eigen, hadamard")
-JOINT = (
-    ("none", "none"), ("scale", "none"), ("hadamard", "none"), ("scale", "hadamard"), ("hadamard", "hadamard"),
-    ("balanced, hadamard", "none"),
-)  # fmt: skip
-
-
-def rows() -> Iterator[Row]:
-    """Every row, the same ones for every seed."""
-    for clip in ("", "last"):
-        for k in K_MAPS:
-            yield Row("k2", k, "none", clip)
-        for v in V_MAPS:
-            yield Row("v2", "none", v, clip)
-        for plan in ("k2v2", "mixed"):
-            for k, v in JOINT:
-                yield Row(plan, k, v, clip)
-    for k, v in JOINT:
-        yield Row("k4v4", k, v)
-    yield Row("k4v4", "scale", "none", "first")
-    for k in ("none", "scale", "hadamard"):
-        yield Row("k2", k, "none", "first")
-    yield Row("v2", "none", "none", "first")
-    # What a page at 8 or 4 bits loses because it will be clipped for 2.
-    for clip in ("", "first"):
-        for read in (4, 8):
-            yield Row("k2", "scale", "none", clip, read)
-            yield Row("v2", "none", "none", clip, read)
-
-
 class Bench:
     """Options, the result file, and what a seed shares."""
 
@@ -409,55 +344,6 @@ def _relative_error(layer: Statistics, plan: Plan, index: int) -> float:
     """Σ‖out − exact‖² / Σ‖exact‖² of the attention output of one layer, over samples that nothing was fitted to."""
     error = sum(float(p.error(*(plan.read(index, s, (p.k, p.v)[s]) for s in SIDES)).sum()) for p in layer.parts)
     return error / sum(float(p.exact.square().sum()) for p in layer.parts)
-
-
-def table(result: dict[str, Any]) -> str:
-    """Rows as Markdown, seeds pooled, each beside its plan's key scales with the same clipping, and itself unclipped.
-
-    Layer error: geometric mean over layers and seeds. KL: mean over chains. The ratios are of mean and of geometric
-    mean over chains: a few broken lookups decide the first, the usual step the second.
-    """
-    known = {row.name: row for row in rows()}
-    pooled: dict[Row, dict[str, np.ndarray]] = {}
-    for name in dict.fromkeys(r["row"] for r in result["rows"]):
-        own = sorted((r for r in result["rows"] if r["row"] == name), key=lambda r: r["seed"])
-        if name in known:
-            pooled[known[name]] = {key: np.concatenate([r[key] for r in own]) for key in ("kl", "right", "error")}
-    head = ("widths", "K", "V", "clip", "layer error", "KL", "chains right")
-    head += ("KL / key scales", "usual", "KL / unclipped", "usual")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row, got in pooled.items():
-        scales = pooled.get(replace(row, k="none" if row.plan == "v2" else "scale", v="none"))
-        whole = pooled.get(replace(row, clip=""))
-        error = math.exp(np.log(np.maximum(got["error"], 1e-12)).mean())
-        n, right = len(got["right"]), int(got["right"].sum())
-        low, high = (round(100 * x) for x in wilson(right, n))
-        plan = row.plan + (f" read at {row.read_bits}" if row.read_bits else "")
-        cells = [plan, row.k, row.v, row.clip or "-", f"{error:.2e}", f"{got['kl'].mean():.1e}"]
-        cells += [f"{right} of {n} ({low}-{high} %)", *_ratios(got, scales), *_ratios(got, whole if row.clip else None)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _ratios(row: dict[str, np.ndarray], base: dict[str, np.ndarray] | None) -> tuple[str, str]:
-    """Ratio of the mean KL and of its geometric mean over the same chains, with 95 % intervals."""
-    if base is None or base is row or len(base["kl"]) != len(row["kl"]):
-        return "-", "-"
-    a, b = row["kl"], base["kl"]
-    step = np.log(np.maximum(a, 1e-12)) - np.log(np.maximum(b, 1e-12))
-    mean = _bootstrap(lambda pick: a[pick].mean(-1) / b[pick].mean(-1), len(a))
-    usual = np.exp(_bootstrap(lambda pick: step[pick].mean(-1), len(a)))
-    return (
-        f"{a.mean() / b.mean():.2f} ({mean[0]:.2f}-{mean[1]:.2f})",
-        f"{math.exp(step.mean()):.2f} ({usual[0]:.2f}-{usual[1]:.2f})",
-    )
-
-
-def _bootstrap(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> tuple[float, float]:
-    """95 % percentile interval over ``RESAMPLES`` draws of ``count`` chains."""
-    picks = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-    low, high = np.quantile(statistic(picks), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

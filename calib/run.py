@@ -69,7 +69,8 @@ class Settings:
         """Raise ``ValueError`` for what can be seen without the model."""
         if self.transform in REFUSED_TRANSFORMS:
             raise ValueError(
-                f"--transform {self.transform}: rotations are not implemented; use scale or none"
+                f"--transform {self.transform}: rotations are not implemented; what they would add is measured in "
+                "docs/calibration.md; use scale or none"
             )
         for flag, value, allowed in (
             ("transform", self.transform, artifact.TRANSFORMS),
