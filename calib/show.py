@@ -11,7 +11,7 @@ from sglang_pmkvq import artifact
 
 
 def table(c: artifact.Calibration) -> str:
-    """What the file says: origin, budget, and per layer widths, α and sensitivities."""
+    """What the file says: origin, budget, and per layer widths, α, clip factors and sensitivities."""
     report = c.report
     sixteen = artifact.token_bytes(c.num_kv_heads, c.head_dim, c.group_size, ((16, 16),) * c.num_layers)
     lines = [
@@ -37,12 +37,13 @@ def table(c: artifact.Calibration) -> str:
     )
     widths = report["widths"]
     shown = c.tensors[c.sensitivity]
-    lines += ["", f"{'layer':>5} {'K':>3} {'V':>3}  {'alpha':<12}" + _heads(widths)]
+    lines += ["", f"{'layer':>5} {'K':>3} {'V':>3}  {'alpha':<12}{'clip K':<12}{'clip V':<12}" + _heads(widths)]
     alphas = report.get("alphas")
     for layer, (k, v) in enumerate(c.finals):
-        alpha = "-" if alphas is None else _alpha(alphas[layer])
+        alpha = "-" if alphas is None else _spread(alphas[layer])
+        clips = "".join(f"{_clip(c, layer, side):<12}" for side in (0, 1))
         numbers = "".join(f"{x:>10.3g}" for x in np.concatenate([shown[layer, 0], shown[layer, 1]]))
-        lines.append(f"{layer:>5} {k:>3} {v:>3}  {alpha:<12}{numbers}")
+        lines.append(f"{layer:>5} {k:>3} {v:>3}  {alpha:<12}{clips}{numbers}")
     return "\n".join(lines)
 
 
@@ -54,7 +55,13 @@ def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
 
 
-def _alpha(values: list[float]) -> str:
+def _clip(c: artifact.Calibration, layer: int, side: int) -> str:
+    if "clip" not in c.tensors or c.finals[layer][side] != 2:
+        return "-"
+    return _spread(c.tensors["clip"][side, layer].tolist())
+
+
+def _spread(values: list[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.2f}" if low == high else f"{low:.2f}-{high:.2f}"
 

@@ -1,4 +1,4 @@
-"""The tensors of one layer group: arenas, (zero, range) side arrays, page table, key scales.
+"""The tensors of one layer group: arenas, (zero, range) side arrays, page table, key scales, clip factors.
 
 Layouts (P tokens per page, H KV heads, D channels, G channels per group, b bits):
 
@@ -30,6 +30,7 @@ from sglang_pmkvq.formats import (
     PoolGeometry,
     tier_units,
 )
+from sglang_pmkvq.kernels.cpu.codes import clip_edges
 
 MODEL_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
@@ -42,6 +43,14 @@ def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     # Private: shared anonymous memory is accounted as shmem and by default gets no huge pages.
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(dims)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """The same fp32 values, each row of the last axis at a multiple of 16 bytes: Triton compiles by alignment."""
+    width = -(-x.shape[-1] // 4) * 4
+    padded = x.new_ones((*x.shape[:-1], width))
+    padded[..., : x.shape[-1]] = x
+    return padded[..., : x.shape[-1]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,10 @@ class GroupStorage:
         table: int32 ``[num_arenas, N+1]``, ``unit << STEP_BITS | step`` or ``UNMAPPED``.
         key_scale: fp32 ``[L, H, D]`` or None. Quantized tiers store K / s and queries are multiplied
             by s when those tiers are read; the 16-bit tier is never transformed.
+        clip: fp32 ``[2 (K, V), L, H]`` in (0, 1] or None. 2-bit codes span the middle share ``clip`` of the stored
+            range: the step from 4 to 2 bits rounds to those four levels, and readers narrow (zero, range) alike.
+            Wider tiers and what is stored of a range are untouched.
+        clip_edge: int32, same shape or None, what that step compares 4-bit codes with (see ``clip_edges``).
         clipped_groups: int64 scalar on the device, (zero, range) pairs whose finite value did not
             fit fp16 and was clamped, since the start.
         dropped_rows: int64 scalar on the device, rows of a token in a layer that Triton's store did
@@ -80,6 +93,8 @@ class GroupStorage:
     clipped_groups: torch.Tensor
     dropped_rows: torch.Tensor
     unmapped_reads: torch.Tensor
+    clip: torch.Tensor | None = None
+    clip_edge: torch.Tensor | None = None
 
     @classmethod
     def allocate(
@@ -91,6 +106,7 @@ class GroupStorage:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         key_scale: torch.Tensor | None = None,
+        clip: torch.Tensor | None = None,
     ) -> GroupStorage:
         """Zero-filled storage, every page unmapped.
 
@@ -99,9 +115,11 @@ class GroupStorage:
         Args:
             superblocks: superblocks per arena of the group.
             key_scale: positive fp32 ``[L, H, D]``, or None for the identity.
+            clip: fp32 ``[2, L, H]`` in (0, 1], or None for whole ranges.
 
         Raises:
-            ValueError: a dtype, count or shape that does not fit, or a scale that is not positive.
+            ValueError: a dtype, count or shape that does not fit, a scale that is not positive, or a clip
+                factor outside (0, 1].
         """
         layers, arenas_n = len(group.layers), len(group.arena_sides)
         h, d, p = shape.num_kv_heads, shape.head_dim, shape.page_size
@@ -120,6 +138,14 @@ class GroupStorage:
             key_scale = key_scale.to(device=device, dtype=torch.float32).contiguous()
             if not bool((torch.isfinite(key_scale) & (key_scale > 0)).all()):
                 raise ValueError("key_scale must be positive and finite everywhere")
+        clip_edge = None
+        if clip is not None:
+            if tuple(clip.shape) != (2, layers, h):
+                raise ValueError(f"clip must have shape {(2, layers, h)}, got {tuple(clip.shape)}")
+            if not bool(((clip > 0) & (clip <= 1)).all()):
+                raise ValueError("clip must be above 0 and at most 1 everywhere")
+            clip_edge = clip_edges(clip).to(device).contiguous()
+            clip = _aligned(clip.to(device=device, dtype=torch.float32))
 
         def arena(side: int) -> torch.Tensor:
             n = counts[0 if group.shared else side] * UNITS_PER_SUPERBLOCK * shape.unit_bytes
@@ -144,6 +170,8 @@ class GroupStorage:
             clipped_groups=torch.zeros((), dtype=torch.int64, device=device),
             dropped_rows=torch.zeros((), dtype=torch.int64, device=device),
             unmapped_reads=torch.zeros((), dtype=torch.int64, device=device),
+            clip=clip,
+            clip_edge=clip_edge,
         )
 
     @property
@@ -216,9 +244,10 @@ class GroupStorage:
 
     @property
     def constant_bytes(self) -> int:
-        """Bytes of what does not depend on the number of pages: key scales, counters."""
-        scale = 0 if self.key_scale is None else self.key_scale.nbytes
-        return scale + self.clipped_groups.nbytes + self.dropped_rows.nbytes + self.unmapped_reads.nbytes
+        """Bytes of what does not depend on the number of pages: key scales, clip factors, counters."""
+        constants = (self.key_scale, self.clip, self.clip_edge)
+        counters = (self.clipped_groups, self.dropped_rows, self.unmapped_reads)
+        return sum(t.nbytes for t in (*constants, *counters) if t is not None)
 
 
 def allocate_pool(
@@ -226,18 +255,22 @@ def allocate_pool(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     key_scales: Sequence[torch.Tensor | None] | None = None,
+    clips: Sequence[torch.Tensor | None] | None = None,
 ) -> tuple[GroupStorage, ...]:
     """One ``GroupStorage`` per layer group of a geometry; their ``nbytes`` sum to ``total_bytes``.
 
     Args:
         key_scales: per group, fp32 ``[L, H, D]`` or None.
+        clips: per group, fp32 ``[2, L, H]`` or None.
     """
     scales = [None] * len(geometry.groups) if key_scales is None else list(key_scales)
-    if len(scales) != len(geometry.groups):
-        raise ValueError(f"expected {len(geometry.groups)} key scales, got {len(scales)}")
+    shares = [None] * len(geometry.groups) if clips is None else list(clips)
+    for name, given in (("key scales", scales), ("clip factors", shares)):
+        if len(given) != len(geometry.groups):
+            raise ValueError(f"expected {len(geometry.groups)} {name}, got {len(given)}")
     pool = tuple(
-        GroupStorage.allocate(geometry.shape, g, n, geometry.num_pages, dtype, device, s)
-        for g, n, s in zip(geometry.groups, geometry.superblocks, scales, strict=True)
+        GroupStorage.allocate(geometry.shape, g, n, geometry.num_pages, dtype, device, s, c)
+        for g, n, s, c in zip(geometry.groups, geometry.superblocks, scales, shares, strict=True)
     )
     assert sum(s.nbytes for s in pool) == geometry.total_bytes
     assert all(len(s.arenas) == len(SIDES) for s in pool)

@@ -91,3 +91,11 @@ def group_key_scales(
         scale = None if group.k_final == 16 else calibration.key_scale(group.layers, heads)
         out.append(None if scale is None else torch.from_numpy(scale))
     return tuple(out)
+
+
+def group_clips(
+    calibration: artifact.Calibration, groups: tuple[LayerGroup, ...], heads: slice
+) -> tuple[torch.Tensor | None, ...]:
+    """Per layer group clip factors fp32 [2 (K, V), L, H of this rank], or None where no side is clipped at 2 bits."""
+    clips = [calibration.clip(group.layers, heads) for group in groups]
+    return tuple(None if clip is None else torch.from_numpy(clip) for clip in clips)

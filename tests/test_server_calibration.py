@@ -67,6 +67,42 @@ def test_bundled_model_is_calibrated_and_answers(tmp_path: Path) -> None:
     assert with_scale.mean() < without.mean() / 1.5
 
 
+def test_clipped_ranges_are_read_as_calibrated(tmp_path: Path) -> None:
+    """Values at 2 bits: the served log-probabilities are those of the file's clip factors, and of no others."""
+    path = tmp_path / "c.safetensors"
+    settings = Settings(
+        str(REASONER), "builtin", "2", samples=2, seq_len=400, effective="1600", widths=(2,), kl_samples=1
+    )
+    made = calibrate(settings, path, quiet=True)
+    assert made.tensors["clip"].max() < 1
+    finals = ((4, 2),) * made.num_layers
+    tokens = artifact.token_bytes(made.num_kv_heads, made.head_dim, made.group_size, finals)
+    artifact.save(dataclasses.replace(made, finals=finals, bytes_per_token=tokens), path)
+    case = Case("calibrated", "", "static", 0, "64MiB", str(path))
+    problems = problem_set(2, 30, 36, first=500)
+    ids, _ = prompt_ids(REASONER, problems)
+    with serve(REASONER, case.args()) as server:
+        assert server.pool()["calibration"]["clipped"] is True
+        served = serve_case(server, ids, max(p.chain_tokens for p in problems) + 16)
+        assert server.pool()["shrinks"]["4->2"] > 0 or server.pool()["shrinks"]["8->2"] > 0
+        assert not server.errors()
+    model = load(REASONER)
+    whole = dataclasses.replace(case, calibration=str(tmp_path / "whole"))
+    tensors = {k: t for k, t in made.tensors.items() if k != "clip"}
+    replaced = dataclasses.replace(made, finals=finals, bytes_per_token=tokens, tensors=tensors)
+    artifact.save(replaced, whole.calibration)
+    clipped, unclipped = (
+        np.concatenate(
+            [
+                np.abs(replay(model, c, prompt, output)[0] - np.array(logprobs))
+                for prompt, (output, logprobs) in zip(ids, served, strict=True)
+            ]
+        )
+        for c in (case, whole)
+    )
+    assert clipped.mean() < unclipped.mean() / 1.5, (clipped.mean(), unclipped.mean())
+
+
 FACTS: dict[str, dict[str, Any]] = {"qwen2": {"heads": 8, "kv_heads": 1}, "qwen3": {"heads": 4, "kv_heads": 4}}
 
 

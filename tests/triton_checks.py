@@ -59,12 +59,10 @@ def inputs_of(
 def on_device(storage: GroupStorage, device: str) -> GroupStorage:
     """The same storage on a device."""
     arenas, meta = (tuple(None if t is None else t.to(device) for t in x) for x in (storage.arenas, storage.meta))
-    scale = None if storage.key_scale is None else storage.key_scale.to(device)
-    return dataclasses.replace(
-        storage, arenas=arenas, meta=meta, table=storage.table.to(device), key_scale=scale,
-        clipped_groups=storage.clipped_groups.to(device), dropped_rows=storage.dropped_rows.to(device),
-        unmapped_reads=storage.unmapped_reads.to(device),
-    )  # fmt: skip
+    counters = ("clipped_groups", "dropped_rows", "unmapped_reads")
+    others = {name: getattr(storage, name) for name in ("table", "key_scale", "clip", "clip_edge", *counters)}
+    others = {name: None if t is None else t.to(device) for name, t in others.items()}
+    return dataclasses.replace(storage, arenas=arenas, meta=meta, **others)
 
 
 def fenced(storage: GroupStorage) -> tuple[GroupStorage, list[torch.Tensor]]:
