@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.forced import WINDOW, Widths, chains, compare
 from benchmarks.key_ranges import key_ranges
+from benchmarks.oracle import constants
 from benchmarks.pressure import Row, problem_set, prompt_ids, run_row, versions, wilson
 from benchmarks.reasoner.evaluate import load
 from benchmarks.result import write
@@ -49,7 +48,7 @@ class Variant:
         target: mean final width that allocation gets; "" for a fixed width.
         final: fixed final width, as ``--pmkvq-final-bits`` takes it.
         transform: ``none`` or ``scale``.
-        clip: whether ranges are clipped at 2 bits.
+        clip: whether ranges of keys are clipped at 2 bits.
         sensitivity: what allocation minimizes.
     """
 
@@ -166,10 +165,7 @@ class Bench:
 
                 widths = Widths(tuple(parse_final_bits(variant.final, layers)))
             else:
-                scale, clip = (
-                    None if (t := c.tensors.get(name)) is None else torch.from_numpy(t)
-                    for name in ("key_scale", "clip")
-                )
+                scale, clip = constants(c)
                 widths = Widths(c.finals, scale, c.group_size, clip)
             got = compare(model, given, widths)
             right = got["chains_right"]

@@ -36,19 +36,19 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Widths:
-    """Final (K, V) bits per layer, key scales fp32 [L, H, D] or None, channels per group, and clip factors
-    fp32 [2 (K, V), L, H] or None."""
+    """Final (K, V) bits per layer, key scales fp32 [L, H, D] or None, channels per group, clip factors fp32 [L, H]
+    of 2-bit keys or None."""
 
     finals: tuple[tuple[int, int], ...]
     key_scale: Tensor | None = None
     group_size: int = 128
-    clip: Tensor | None = None
+    key_clip: Tensor | None = None
 
     def read(self, layer: int, side: int, x: Tensor) -> Tensor:
         bits = self.finals[layer][side]
         assert bits in TIERS
         scale = None if side == V or self.key_scale is None else self.key_scale[layer, :, None]
-        clip = None if self.clip is None else self.clip[side, layer, :, None]
+        clip = None if side == V or self.key_clip is None else self.key_clip[layer, :, None]
         return fake_quantize(x, bits, self.group_size, scale, clip)
 
 

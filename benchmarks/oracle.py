@@ -42,6 +42,12 @@ RUNNING = 2
 CHUNK = 64
 
 
+def constants(c: artifact.Calibration) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Key scales fp32 [L, H, D] and clip factors fp32 [L, H] of a calibration, or None."""
+    scale, clip = c.tensors.get("key_scale"), c.tensors.get("key_clip")
+    return None if scale is None else torch.from_numpy(scale), None if clip is None else torch.from_numpy(clip)
+
+
 @dataclass(frozen=True)
 class Case:
     """One server configuration: final widths, policy, window, pool bytes; or what a calibration says."""
@@ -71,12 +77,8 @@ class Case:
         return choose_geometry(shape, groups, parse_size(self.pool), limits)
 
     def constants(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Key scales fp32 [L, H, D] and clip factors fp32 [2 (K, V), L, H], or None."""
-        tensors = self._file().tensors if self.calibration else {}
-        scale, clip = (
-            None if (t := tensors.get(name)) is None else torch.from_numpy(t) for name in ("key_scale", "clip")
-        )
-        return scale, clip
+        """``constants`` of the file, if there is one."""
+        return constants(self._file()) if self.calibration else (None, None)
 
     def _file(self) -> artifact.Calibration:
         return artifact.load(self.calibration)
@@ -137,13 +139,13 @@ def replay(model: Any, case: Case, prompt: Sequence[int], output: Sequence[int])
     cache = DynamicCache(config=model.config)
     exact: list[list[torch.Tensor]] = [[], []]
     held = np.zeros((len(geometry.groups), 0), np.int8)
-    constants = case.constants()
+    transforms = case.constants()
     logprobs = []
     for (start, end), now in zip(forwards, steps, strict=True):
         known = np.zeros_like(now)
         known[:, : held.shape[1]] = held
         for page in np.flatnonzero((now != known).any(axis=0)):
-            _shrink_page(cache, exact, geometry, group_of, int(page), now[:, page], *constants)
+            _shrink_page(cache, exact, geometry, group_of, int(page), now[:, page], *transforms)
         held = now
         with torch.no_grad():
             tokens = everything[:, start:end]
@@ -180,7 +182,7 @@ def _shrink_page(
         for side, name in ((K, "keys"), (V, "values")):
             x = exact[side][layer][:, :, part]
             scale = key_scale[layer][:, None] if side == K and key_scale is not None else None
-            share = None if clip is None else clip[side, layer, :, None]
+            share = clip[layer][:, None] if side == K and clip is not None else None
             read = fake_quantize(x, tiers[side], geometry.shape.group_size, scale, share)
             getattr(entry, name)[:, :, part] = read
 

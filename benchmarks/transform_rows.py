@@ -18,6 +18,7 @@ RESAMPLES = 2_000
 class Row:
     """Final widths by name, the map of K and of V, and where ranges are clipped for 2 bits ("" nowhere).
 
+    ``keys``: only ranges of keys are clipped, as the product does.
     ``read_bits``: width that is read, where it is not the final one: what clipping for 2 bits costs before.
     """
 
@@ -26,11 +27,17 @@ class Row:
     v: str
     clip: str = ""
     read_bits: int = 0
+    keys: bool = False
+
+    @property
+    def clipped(self) -> str:
+        """Where and what is clipped, for people."""
+        return f"{self.clip or 'none'}{' of K' if self.keys else ''}"
 
     @property
     def name(self) -> str:
         read = f", read at {self.read_bits} bits" if self.read_bits else ""
-        return f"{self.plan}: K {self.k}, V {self.v}, clip {self.clip or 'none'}{read}"
+        return f"{self.plan}: K {self.k}, V {self.v}, clip {self.clipped}{read}"
 
     def finals(self, layers: int) -> tuple[tuple[int, int], ...]:
         """Widths that α and clip factors are searched for."""
@@ -66,6 +73,8 @@ def rows() -> Iterator[Row]:
         for plan in ("k2v2", "mixed"):
             for k, v in JOINT:
                 yield Row(plan, k, v, clip)
+    for plan in ("k2v2", "mixed"):
+        yield Row(plan, "scale", "none", "last", keys=True)
     for k, v in JOINT:
         yield Row("k4v4", k, v)
     yield Row("k4v4", "scale", "none", "first")
@@ -95,12 +104,12 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row, got in pooled.items():
         scales = pooled.get(replace(row, k="none" if row.plan == "v2" else "scale", v="none"))
-        whole = pooled.get(replace(row, clip=""))
+        whole = pooled.get(replace(row, clip="", keys=False))
         error = math.exp(np.log(np.maximum(_pool(got, "error"), 1e-12)).mean())
         n, right = len(_pool(got, "right")), int(_pool(got, "right").sum())
         low, high = (round(100 * x) for x in wilson(right, n))
         plan = row.plan + (f" read at {row.read_bits}" if row.read_bits else "")
-        cells = [plan, row.k, row.v, row.clip or "-", f"{error:.2e}", f"{_pool(got, 'kl').mean():.1e}"]
+        cells = [plan, row.k, row.v, row.clipped if row.clip else "-", f"{error:.2e}", f"{_pool(got, 'kl').mean():.1e}"]
         cells += [f"{right} of {n} ({low}-{high} %)", *_ratios(got, scales), *_ratios(got, whole if row.clip else None)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ Clipping by a factor c per layer, KV head and side, in two places:
 
 * ``first``: zero and range shrink to the middle share c when 16 bits become 8, and stay; all lower tiers inherit them.
 * ``last``: the chain down to 4 bits is untouched; the step from 4 to 2 bits rounds to four levels that span the middle
-  share c of the *stored* range. This is the way of the product.
+  share c of the *stored* range. This is the way of the product, for keys.
 
 Rows go to the result file as they are measured; a second run goes on where the first stopped. Intervals are bootstrap
 percentiles over chains, seeds pooled; the ratio of two rows is paired by chain.
@@ -36,6 +36,7 @@ from torch import Tensor
 from benchmarks.forced import WINDOW, chains, force
 from benchmarks.pressure import problem_set, versions
 from benchmarks.reasoner.evaluate import load
+from benchmarks.result import write
 from benchmarks.serving import REASONER
 from benchmarks.transform_rows import Row, rows, table
 from sglang_pmkvq.calib.corpus import Sample, load_corpus
@@ -310,7 +311,7 @@ class Bench:
             made = tuple(
                 (
                     coder(i, K, row.k, k, row.clip if k == 2 or row.plan == "k4v4" else ""),
-                    coder(i, V, row.v, v, row.clip if v == 2 or row.plan == "k4v4" else ""),
+                    coder(i, V, row.v, v, row.clip if (v == 2 or row.plan == "k4v4") and not row.keys else ""),
                 )
                 for i, (k, v) in enumerate(finals)
             )
@@ -322,22 +323,16 @@ class Bench:
             self.result["rows"].append(
                 {
                     **self.key(row, seed),
+                    "commit": self.result["versions"]["commit"],
                     "error": [_relative_error(here, plan, i) for i, here in enumerate(held_out)],
                     "kl": [float(kl.mean()) for kl, _ in forced],
                     "right": [bool(hit.all()) for _, hit in forced],
                     "clips": [[round(float(c.clip.mean()), 3) for c in pair] for pair in made] if row.clip else None,
                 }
             )
-            self.save()
+            write(self.result, o.out)
             new = self.result["rows"][-1]
             print(f"{seed} {row.name}: KL {np.mean(new['kl']):.3e}, right {sum(new['right'])}", flush=True)
-
-    def save(self) -> None:
-        out: Path = self.options.out
-        out.parent.mkdir(parents=True, exist_ok=True)
-        rows = ",\n".join(f"  {json.dumps(row)}" for row in self.result["rows"])
-        head = json.dumps({k: v for k, v in self.result.items() if k != "rows"})
-        out.write_text(f'{head[:-1]}, "rows": [\n{rows}\n]}}\n')
 
 
 def _relative_error(layer: Statistics, plan: Plan, index: int) -> float:

@@ -1,4 +1,4 @@
-"""Reparameterization: key scales s = (max|K|)^α (paper sec. 3.3, eq. 9, 10), and clip factors at 2 bits.
+"""Reparameterization of keys: scales s = (max|K|)^α (paper sec. 3.3, eq. 9, 10), and clip factors at 2 bits.
 
 Scores do not change if keys are divided by s and queries multiplied by it, but a group of channels with one
 outlier quantizes better once the outlier is scaled down. Applied where codes are made and read, after RoPE:
@@ -21,7 +21,6 @@ from sglang_pmkvq.calib.corpus import Sample
 from sglang_pmkvq.calib.model import CalibrationModel, observing
 from sglang_pmkvq.calib.positions import NATURAL, turn
 from sglang_pmkvq.calib.sweep import State
-from sglang_pmkvq.formats import K, V
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 
 ALPHAS: tuple[float, ...] = tuple(i / 19 for i in range(20))
@@ -98,7 +97,7 @@ def observe_alphas(
     Args:
         key_max: fp32 [L, H, D].
         pairs: per layer, (K bits, V bits) to try; V at 16 is left exact.
-        clips: clip factors fp32 [2 (K, V), L, H] that 2 bits have, or None.
+        clips: clip factors fp32 [L, H] that 2-bit keys have, or None.
         state: ``error`` float64 [L, H, pairs, α], summed squared error.
     """
 
@@ -108,13 +107,13 @@ def observe_alphas(
         query, rows = query_rows(q[0])
         scaling = model.scaling(layer)
         maxima = key_max[layer].to(k.device)
-        k_clip, v_clip = clip_of(clips, layer, K, k.device), clip_of(clips, layer, V, k.device)
+        clip = clip_of(clips, layer, k.device)
         exact = attention_rows(query, k[0], v[0], rows, scaling)
         for place, (k_bits, v_bits) in enumerate(pairs[layer]):
-            value = fake_quantize(v[0].float(), v_bits, group_size, None, v_clip)
+            value = fake_quantize(v[0].float(), v_bits, group_size)
             for index, alpha in enumerate(ALPHAS):
                 scale = key_scales(maxima, alpha)[:, None]
-                key = fake_quantize(k[0].float(), k_bits, group_size, scale, k_clip)
+                key = fake_quantize(k[0].float(), k_bits, group_size, scale, clip)
                 error = attention_rows(query, key, value, rows, scaling) - exact
                 state["error"][layer, :, place, index] += error.square().sum((1, 2, 3)).double().cpu()
                 if k_bits == 16:
@@ -128,46 +127,40 @@ def observe_alphas(
 def observe_clips(
     model: CalibrationModel,
     sample: Sample,
-    finals: Sequence[tuple[int, int]],
+    layers: Sequence[int],
     scales: torch.Tensor | None,
     group_size: int,
     state: State,
 ) -> None:
-    """Add one sample's error of the attention output for every clip factor of every side that ends at 2 bits.
+    """Add one sample's error of the attention output, keys at 2 bits and values exact, for every clip factor.
 
     Args:
-        finals: (K bits, V bits) of each layer; the other side is exact.
+        layers: those to look at.
         scales: key scales fp32 [L, H, D], or None.
-        state: ``error`` float64 [2 (K, V), L, H, clips], summed squared error.
+        state: ``error`` float64 [L, H, clips], summed squared error.
     """
 
     def observer(
         layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer not in layers:
+            return k, v
         query, rows = query_rows(q[0])
         scale = None if scales is None else scales[layer, :, None].to(k.device)
         exact = attention_rows(query, k[0], v[0], rows, model.scaling(layer))
-        for side in (side for side in (K, V) if finals[layer][side] == 2):
-            for index, clip in enumerate(CLIPS):
-                share = torch.full((model.kv_heads, 1), clip, device=k.device)
-                key, value = k[0].float(), v[0].float()
-                if side == K:
-                    key = fake_quantize(key, 2, group_size, scale, share)
-                else:
-                    value = fake_quantize(value, 2, group_size, None, share)
-                error = attention_rows(query, key, value, rows, model.scaling(layer)) - exact
-                state["error"][side, layer, :, index] += error.square().sum((1, 2, 3)).double().cpu()
+        for index, clip in enumerate(CLIPS):
+            key = fake_quantize(k[0].float(), 2, group_size, scale, torch.tensor(clip, device=k.device))
+            error = attention_rows(query, key, v[0], rows, model.scaling(layer)) - exact
+            state["error"][layer, :, index] += error.square().sum((1, 2, 3)).double().cpu()
         return k, v
 
     with observing(observer):
         model.hidden(sample)
 
 
-def clip_of(
-    clips: torch.Tensor | None, layer: int, side: int, device: torch.device | str
-) -> torch.Tensor | None:
-    """Clip factors [H, 1] of one side of a layer, as ``fake_quantize`` takes them for [H, T, D]."""
-    return None if clips is None else clips[side, layer, :, None].to(device)
+def clip_of(clips: torch.Tensor | None, layer: int, device: torch.device) -> torch.Tensor | None:
+    """Clip factors [H, 1] of a layer, as ``fake_quantize`` takes them for [H, T, D]."""
+    return None if clips is None else clips[layer, :, None].to(device)
 
 
 def query_rows(q: torch.Tensor, most: int = QUERY_ROWS) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,7 +42,7 @@ class Settings:
         group_size: G, or None for min(head_dim, 128).
         max_groups: bound on layer groups.
         transform: ``scale`` or ``none``.
-        clip: choose the share of a range that 2-bit codes span by error; otherwise they span all of it.
+        clip: choose the share of their range that 2-bit codes of keys span by error; otherwise they span all of it.
         sensitivity: ``taylor`` or ``kl``, what allocation minimizes.
         kl_samples: samples for the measured sensitivity; 0 leaves it out.
     """
@@ -123,7 +123,7 @@ def calibrate(
     run = _Run(settings, model, corpus, lens, group_size, Workspace(folder, _key(settings, corpus)), quiet)
     ranges = run.ranges()
     scales = run.scales_per_width(ranges)
-    clips = run.clips("clips", "2/4 clip factors", ((2, 2),) * model.layers, None if scales is None else scales[-1])
+    clips = run.clips("clips", "2/4 clip factors", range(model.layers), None if scales is None else scales[-1])
     sums = run.sensitivities(scales, clips)
     chosen = sums[settings.sensitivity]
     allocation, free = allocate.allocate_both(
@@ -134,11 +134,10 @@ def calibrate(
     if settings.transform == "scale":
         alphas, scale = run.final_scales(ranges, allocation.finals, clips)
         tensors["key_scale"] = scale.numpy()
-    final_clips = run.clips(
-        "final-clips-" + _short(allocation.finals), "4/4 clip factors", allocation.finals, scale
-    )
-    if final_clips is not None and any(2 in pair for pair in allocation.finals):
-        tensors["clip"] = final_clips.numpy()
+    low = [layer for layer, (k_bits, _) in enumerate(allocation.finals) if k_bits == 2]
+    clips = run.clips(f"final-clips-{_short(allocation.finals)}", "4/4 clip factors", low, scale)
+    if clips is not None:
+        tensors["key_clip"] = clips.numpy()
     report: dict[str, Any] = {
         "widths": list(sensitivity.WIDTHS),
         "budget_bytes_per_token": budget,
@@ -223,24 +222,24 @@ class _Run:
         return state["error"]
 
     def clips(
-        self, name: str, label: str, finals: Sequence[tuple[int, int]], scales: torch.Tensor | None
+        self, name: str, label: str, layers: Sequence[int], scales: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Clip factors fp32 [2 (K, V), L, H] of least error at 2 bits, 1 where a side ends wider; None if unwanted.
+        """Clip factors fp32 [L, H] of least error of 2-bit keys, 1 in other layers; None if unwanted or none is left.
 
         Args:
             name: of the partial results; must tell key scales and widths apart.
             scales: key scales fp32 [L, H, D], or None.
         """
         model = self.model
-        if not self.settings.clip:
+        if not (self.settings.clip and layers):
             return None
-        error = torch.zeros(2, model.layers, model.kv_heads, len(reparam.CLIPS), dtype=torch.float64)
+        error = torch.zeros(model.layers, model.kv_heads, len(reparam.CLIPS), dtype=torch.float64)
         state = self._sweep(
             name,
             label,
             min(SEARCH_SAMPLES, len(self.corpus.samples)),
             {"error": error},
-            lambda sample, s: reparam.observe_clips(model, sample, finals, scales, self.group_size, s),
+            lambda sample, s: reparam.observe_clips(model, sample, layers, scales, self.group_size, s),
         )
         return reparam.best_clips(state["error"])
 

@@ -44,7 +44,7 @@ def observe_taylor(
 
     Args:
         scales: key scales fp32 [widths, L, H, D] that K has at each width, or None.
-        clips: clip factors fp32 [2 (K, V), L, H] that 2 bits have, or None.
+        clips: clip factors fp32 [L, H] that 2-bit keys have, or None.
     """
 
     def observer(
@@ -57,7 +57,7 @@ def observe_taylor(
 
     def add(layer: int, side: int, x: torch.Tensor, grad: torch.Tensor) -> None:
         exact = x.float()
-        clip = clip_of(clips, layer, side, x.device)
+        clip = clip_of(clips, layer, x.device) if side == K else None
         for place, bits in enumerate(WIDTHS):
             scale = scales[place, layer, :, None].to(x.device) if side == K and scales is not None else None
             error = exact - fake_quantize(exact, bits, group_size, scale, clip)
@@ -87,8 +87,8 @@ def observe_kl(
     exact = model.log_probs(inputs[-1][0, rows])
     probabilities = exact.exp()
     for layer in range(model.layers):
+        clip = clip_of(clips, layer, model.device)
         for side in (K, V):
-            clip = clip_of(clips, layer, side, model.device)
             for place, bits in enumerate(WIDTHS):
                 scale = scales[place, layer, :, None].to(model.device) if side == K and scales is not None else None
 
@@ -105,7 +105,7 @@ def observe_kl(
                         return k, v
                     if where[1] == K:
                         return fake_quantize(k, where[2], group_size, scale, clip), v
-                    return k, fake_quantize(v, where[2], group_size, None, clip)
+                    return k, fake_quantize(v, where[2], group_size)
 
                 with observing(observer):
                     other = model.log_probs(model.hidden_from(layer, inputs[layer])[rows])

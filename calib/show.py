@@ -37,13 +37,13 @@ def table(c: artifact.Calibration) -> str:
     )
     widths = report["widths"]
     shown = c.tensors[c.sensitivity]
-    lines += ["", f"{'layer':>5} {'K':>3} {'V':>3}  {'alpha':<12}{'clip K':<12}{'clip V':<12}" + _heads(widths)]
-    alphas = report.get("alphas")
+    lines += ["", f"{'layer':>5} {'K':>3} {'V':>3}  {'alpha':<12}{'clip':<12}" + _heads(widths)]
+    alphas, clips = report.get("alphas"), c.tensors.get("key_clip")
     for layer, (k, v) in enumerate(c.finals):
         alpha = "-" if alphas is None else _spread(alphas[layer])
-        clips = "".join(f"{_clip(c, layer, side):<12}" for side in (0, 1))
+        clip = "-" if clips is None or k != 2 else _spread(clips[layer].tolist())
         numbers = "".join(f"{x:>10.3g}" for x in np.concatenate([shown[layer, 0], shown[layer, 1]]))
-        lines.append(f"{layer:>5} {k:>3} {v:>3}  {alpha:<12}{clips}{numbers}")
+        lines.append(f"{layer:>5} {k:>3} {v:>3}  {alpha:<12}{clip:<12}{numbers}")
     return "\n".join(lines)
 
 
@@ -53,12 +53,6 @@ def _heads(widths: list[int]) -> str:
 
 def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
-
-
-def _clip(c: artifact.Calibration, layer: int, side: int) -> str:
-    if "clip" not in c.tensors or c.finals[layer][side] != 2:
-        return "-"
-    return _spread(c.tensors["clip"][side, layer].tolist())
 
 
 def _spread(values: list[float]) -> str:

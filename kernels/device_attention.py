@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from sglang_pmkvq.formats import K, V
 from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, plan_launches, token_tile
 from sglang_pmkvq.kernels.launch import Launch, dot_dtype, interpreted, mantissa_bits, next_power_of_two, upload_rows
 from sglang_pmkvq.kernels.storage import GroupStorage
@@ -201,8 +200,7 @@ def _layer_args(plan: DevicePlan, layer: int) -> dict[str, object]:
         "k_meta": meta[0],
         "v_meta": meta[1],
         "key_scale": None if storage.key_scale is None else storage.key_scale[layer],
-        "k_clip": None if storage.clip is None or storage.group.k_final != 2 else storage.clip[K, layer],
-        "v_clip": None if storage.clip is None or storage.group.v_final != 2 else storage.clip[V, layer],
+        "key_clip": None if storage.key_clip is None else storage.key_clip[layer],
         "pages": buffers.pages,
         "k_units": buffers.k_units,
         "v_units": buffers.v_units,

@@ -60,7 +60,6 @@ def copy_launch(storage: GroupStorage, copies: ArenaCopies) -> Launch:
     first, last = sides[0], sides[-1]
     meta = [storage.meta[side] for side in (first, last)]
     pairs = [None if m is None else m.view(torch.int32) for m in meta]
-    edges = storage.clip_edge if group.final_of(first) == 2 else None
     meta_stride = 0 if pairs[0] is None else pairs[0].stride(0)
     return Launch(
         kernels.copy_kernel,
@@ -72,11 +71,10 @@ def copy_launch(storage: GroupStorage, copies: ArenaCopies) -> Launch:
             "bytes0": storage.arenas[first],
             "meta0": pairs[0],
             "scale0": storage.key_scale if first == K else None,
-            "edges0": None if edges is None else edges[first],
+            "edges0": storage.clip_edge if first == K else None,
             "values1": storage.arenas[last].view(storage.dtype),
             "bytes1": storage.arenas[last],
             "meta1": pairs[1],
-            "edges1": None if edges is None else edges[last],
             "clipped": storage.clipped_groups,
             "bytes_stride_l": storage.arenas[first].stride(0),
             "meta_stride_l": meta_stride,

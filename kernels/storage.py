@@ -45,14 +45,6 @@ def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     return torch.frombuffer(memory, dtype=dtype).view(dims)
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """The same fp32 values, each row of the last axis at a multiple of 16 bytes: Triton compiles by alignment."""
-    width = -(-x.shape[-1] // 4) * 4
-    padded = x.new_ones((*x.shape[:-1], width))
-    padded[..., : x.shape[-1]] = x
-    return padded[..., : x.shape[-1]]
-
-
 @dataclass(frozen=True)
 class GroupStorage:
     """Device memory of one layer group. ``layer`` in its methods is the index *within* the group.
@@ -68,9 +60,9 @@ class GroupStorage:
         table: int32 ``[num_arenas, N+1]``, ``unit << STEP_BITS | step`` or ``UNMAPPED``.
         key_scale: fp32 ``[L, H, D]`` or None. Quantized tiers store K / s and queries are multiplied
             by s when those tiers are read; the 16-bit tier is never transformed.
-        clip: fp32 ``[2 (K, V), L, H]`` in (0, 1] or None. 2-bit codes span the middle share ``clip`` of the stored
-            range: the step from 4 to 2 bits rounds to those four levels, and readers narrow (zero, range) alike.
-            Wider tiers and what is stored of a range are untouched.
+        key_clip: fp32 ``[L, H]`` in (0, 1] or None. 2-bit codes of keys span the middle share ``key_clip`` of the
+            stored range: the step from 4 to 2 bits rounds to those four levels, and readers narrow (zero, range)
+            alike. Wider tiers and what is stored of a range are untouched.
         clip_edge: int32, same shape or None, what that step compares 4-bit codes with (see ``clip_edges``).
         clipped_groups: int64 scalar on the device, (zero, range) pairs whose finite value did not
             fit fp16 and was clamped, since the start.
@@ -90,11 +82,11 @@ class GroupStorage:
     meta: tuple[torch.Tensor | None, torch.Tensor | None]
     table: torch.Tensor
     key_scale: torch.Tensor | None
+    key_clip: torch.Tensor | None
+    clip_edge: torch.Tensor | None
     clipped_groups: torch.Tensor
     dropped_rows: torch.Tensor
     unmapped_reads: torch.Tensor
-    clip: torch.Tensor | None = None
-    clip_edge: torch.Tensor | None = None
 
     @classmethod
     def allocate(
@@ -106,7 +98,7 @@ class GroupStorage:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         key_scale: torch.Tensor | None = None,
-        clip: torch.Tensor | None = None,
+        key_clip: torch.Tensor | None = None,
     ) -> GroupStorage:
         """Zero-filled storage, every page unmapped.
 
@@ -115,7 +107,7 @@ class GroupStorage:
         Args:
             superblocks: superblocks per arena of the group.
             key_scale: positive fp32 ``[L, H, D]``, or None for the identity.
-            clip: fp32 ``[2, L, H]`` in (0, 1], or None for whole ranges.
+            key_clip: fp32 ``[L, H]`` in (0, 1], or None for whole ranges.
 
         Raises:
             ValueError: a dtype, count or shape that does not fit, a scale that is not positive, or a clip
@@ -138,14 +130,12 @@ class GroupStorage:
             key_scale = key_scale.to(device=device, dtype=torch.float32).contiguous()
             if not bool((torch.isfinite(key_scale) & (key_scale > 0)).all()):
                 raise ValueError("key_scale must be positive and finite everywhere")
-        clip_edge = None
-        if clip is not None:
-            if tuple(clip.shape) != (2, layers, h):
-                raise ValueError(f"clip must have shape {(2, layers, h)}, got {tuple(clip.shape)}")
-            if not bool(((clip > 0) & (clip <= 1)).all()):
-                raise ValueError("clip must be above 0 and at most 1 everywhere")
-            clip_edge = clip_edges(clip).to(device).contiguous()
-            clip = _aligned(clip.to(device=device, dtype=torch.float32))
+        if key_clip is not None:
+            if tuple(key_clip.shape) != (layers, h):
+                raise ValueError(f"key_clip must have shape {(layers, h)}, got {tuple(key_clip.shape)}")
+            key_clip = key_clip.to(device=device, dtype=torch.float32).contiguous()
+            if not bool(((key_clip > 0) & (key_clip <= 1)).all()):
+                raise ValueError("key_clip must be above 0 and at most 1 everywhere")
 
         def arena(side: int) -> torch.Tensor:
             n = counts[0 if group.shared else side] * UNITS_PER_SUPERBLOCK * shape.unit_bytes
@@ -167,11 +157,11 @@ class GroupStorage:
             meta=(side_array(0), side_array(1)),
             table=torch.full((arenas_n, num_pages + 1), UNMAPPED, dtype=torch.int32, device=device),
             key_scale=key_scale,
+            key_clip=key_clip,
+            clip_edge=None if key_clip is None else clip_edges(key_clip),
             clipped_groups=torch.zeros((), dtype=torch.int64, device=device),
             dropped_rows=torch.zeros((), dtype=torch.int64, device=device),
             unmapped_reads=torch.zeros((), dtype=torch.int64, device=device),
-            clip=clip,
-            clip_edge=clip_edge,
         )
 
     @property
@@ -245,7 +235,7 @@ class GroupStorage:
     @property
     def constant_bytes(self) -> int:
         """Bytes of what does not depend on the number of pages: key scales, clip factors, counters."""
-        constants = (self.key_scale, self.clip, self.clip_edge)
+        constants = (self.key_scale, self.key_clip, self.clip_edge)
         counters = (self.clipped_groups, self.dropped_rows, self.unmapped_reads)
         return sum(t.nbytes for t in (*constants, *counters) if t is not None)
 
@@ -255,16 +245,16 @@ def allocate_pool(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     key_scales: Sequence[torch.Tensor | None] | None = None,
-    clips: Sequence[torch.Tensor | None] | None = None,
+    key_clips: Sequence[torch.Tensor | None] | None = None,
 ) -> tuple[GroupStorage, ...]:
     """One ``GroupStorage`` per layer group of a geometry; their ``nbytes`` sum to ``total_bytes``.
 
     Args:
         key_scales: per group, fp32 ``[L, H, D]`` or None.
-        clips: per group, fp32 ``[2, L, H]`` or None.
+        key_clips: per group, fp32 ``[L, H]`` or None.
     """
     scales = [None] * len(geometry.groups) if key_scales is None else list(key_scales)
-    shares = [None] * len(geometry.groups) if clips is None else list(clips)
+    shares = [None] * len(geometry.groups) if key_clips is None else list(key_clips)
     for name, given in (("key scales", scales), ("clip factors", shares)):
         if len(given) != len(geometry.groups):
             raise ValueError(f"expected {len(geometry.groups)} {name}, got {len(given)}")

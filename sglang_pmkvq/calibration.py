@@ -93,9 +93,12 @@ def group_key_scales(
     return tuple(out)
 
 
-def group_clips(
+def group_key_clips(
     calibration: artifact.Calibration, groups: tuple[LayerGroup, ...], heads: slice
 ) -> tuple[torch.Tensor | None, ...]:
-    """Per layer group clip factors fp32 [2 (K, V), L, H of this rank], or None where no side is clipped at 2 bits."""
-    clips = [calibration.clip(group.layers, heads) for group in groups]
-    return tuple(None if clip is None else torch.from_numpy(clip) for clip in clips)
+    """Per layer group clip factors fp32 [L, H of this rank], or None where keys are not clipped or stay wider."""
+    out: list[torch.Tensor | None] = []
+    for group in groups:
+        clip = None if group.k_final != 2 else calibration.key_clip(group.layers, heads)
+        out.append(None if clip is None else torch.from_numpy(clip))
+    return tuple(out)

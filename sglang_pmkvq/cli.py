@@ -83,7 +83,7 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--clip",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="choose the share of their range that 2-bit codes span by error; default %(default)s",
+        help="choose the share of their range that 2-bit codes of keys span by error; default %(default)s",
     )
     parser.add_argument(
         "--sensitivity",

@@ -106,7 +106,7 @@ def check_page_layout(inputs: Inputs, page: int) -> None:
             codes = torch.zeros(x.shape, dtype=torch.int64)
             meta = torch.zeros(x.shape[0], x.shape[2] // g, p, 2, dtype=torch.float16)
             for h in range(x.shape[0]):
-                clip = 1.0 if storage.clip is None else float(storage.clip[side, layer, h])
+                clip = 1.0 if side != K or storage.key_clip is None else float(storage.key_clip[layer, h])
                 for t in range(p):
                     for i in range(x.shape[2] // g):
                         got, zero, span = ref_codes.quantize_group(x[h, t, i * g : (i + 1) * g])

@@ -42,10 +42,10 @@ def stepwise(model: Llama, tokens: torch.Tensor, widths: Widths) -> torch.Tensor
             read_k, read_v = [], []
             for j in range(t + 1):
                 low = j >= SINK and t - j >= WINDOW
-                clip = (None, None) if widths.clip is None else widths.clip[:, index, 0]
+                clip = None if widths.key_clip is None else widths.key_clip[index, 0]
                 k_bits, v_bits = widths.finals[index] if low else (16, 16)
-                read_k.append(fake_quantize(keys[index][j], k_bits, 128, scale if low else None, clip[0]))
-                read_v.append(fake_quantize(values[index][j], v_bits, 128, None, clip[1]))
+                read_k.append(fake_quantize(keys[index][j], k_bits, 128, scale if low else None, clip))
+                read_v.append(fake_quantize(values[index][j], v_bits, 128))
             p = (q[0, :, 0] @ torch.stack(read_k).T / 128**0.5).softmax(-1)
             x = x + layer.self_attn.o_proj((p @ torch.stack(read_v)).flatten()[None, None])
             x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -58,8 +58,8 @@ def test_one_pass_equals_steps(model: Llama, scaled: bool, clipped: bool) -> Non
     gen = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 64, (LENGTH,), generator=gen)
     scale = torch.exp(torch.randn(2, 1, 128, generator=gen)) if scaled else None
-    clip = torch.tensor([[[0.9], [0.6]], [[0.75], [0.5]]]) if clipped else None
-    widths = Widths(FINALS, scale, clip=clip)
+    clip = torch.tensor([[0.9], [0.6]]) if clipped else None
+    widths = Widths(FINALS, scale, key_clip=clip)
     with torch.no_grad():
         got = logits(model, tokens, widths, 5, WINDOW)
         exact = logits(model, tokens, Widths(((16, 16),) * 2), 5, WINDOW)

@@ -43,12 +43,12 @@ def test_fake_quantize_at_16_bits_is_the_identity_and_bad_arguments_are_refused(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("key_scale,clip", [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("group", [LayerGroup((0, 1), *f) for f in ((2, 2), (8, 4), (4, 2))], ids=lambda g: g.name())
-def test_fake_quantize_equals_what_a_pool_reads_back(group, key_scale, clip, dtype):
+@pytest.mark.parametrize("key_scale,key_clip", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("group", [LayerGroup((0, 1), *f) for f in ((2, 2), (8, 4), (2, 4))], ids=lambda g: g.name())
+def test_fake_quantize_equals_what_a_pool_reads_back(group, key_scale, key_clip, dtype):
     """The end-to-end oracle: the same values, whether from a pool after its shrinks or faked at once."""
     shape = PageShape(16, 2, 64, 32)
-    inputs = make_inputs(5, shape, group, [64], key_scale=key_scale, clip=clip, dtype=dtype)
+    inputs = make_inputs(5, shape, group, [64], key_scale=key_scale, key_clip=key_clip, dtype=dtype)
     storage = inputs.storage
     for page in inputs.pages(0):
         k_tier, v_tier = group.steps[inputs.steps[page]]
@@ -56,7 +56,7 @@ def test_fake_quantize_equals_what_a_pool_reads_back(group, key_scale, clip, dty
             for layer in range(2):
                 x = inputs.written[side][layer, page * 16 : (page + 1) * 16]
                 scale = None if side or storage.key_scale is None else storage.key_scale[layer]
-                share = None if storage.clip is None else storage.clip[side, layer]
+                share = None if side or storage.key_clip is None else storage.key_clip[layer]
                 got = read_page(storage, side, layer, page)
                 assert torch.equal(ref.fake_quantize(x.float(), tier, 32, scale, share), got), (side, tier)
 

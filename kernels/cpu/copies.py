@@ -69,4 +69,4 @@ def _shift(storage: GroupStorage, side: int, src_tier: int, dst_tier: int, src: 
 
 def _edge(storage: GroupStorage, side: int) -> torch.Tensor | None:
     """Clip edges of a side, to be broadcast against codes ``[L, n, H, P, D]``."""
-    return None if storage.clip_edge is None else storage.clip_edge[side, :, None, :, None, None]
+    return None if side != K or storage.clip_edge is None else storage.clip_edge[:, None, :, None, None]

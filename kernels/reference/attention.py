@@ -69,8 +69,8 @@ def read_page(storage: GroupStorage, side: int, layer: int, page: int) -> torch.
     pair = meta[layer, page]  # [H, D/G, P, 2]
     pair = pair.permute(0, 2, 1, 3).repeat_interleave(shape.group_size, dim=2)  # [H, P, D, 2]
     zero, span = pair[..., 0], pair[..., 1]
-    if tier == 2 and storage.clip is not None:
-        zero, span = clipped_range(zero, span, storage.clip[side, layer][:, None, None])
+    if side == K and tier == 2 and storage.key_clip is not None:
+        zero, span = clipped_range(zero, span, storage.key_clip[layer][:, None, None])
     values = dequantize(codes, zero, span, tier)
     if side == K and storage.key_scale is not None:
         values = values * storage.key_scale[layer][:, None, :]

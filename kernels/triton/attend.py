@@ -8,8 +8,8 @@ With q̃ = query · key scale, rounded to the dot dtype, and per group γ of G c
 The sum of q̃ uses the same rounded values, else the zero term does not cancel. scale = range/(2^b−1);
 constants are kept out of the rounded operands: p·range is rounded, not p·scale, so that small weights
 stay clear of fp16's subnormals, and the codes are centred (c − c0, with c0·scale moved to the zero
-term) so that this rounding acts on ±range/2. Where 2-bit codes are clipped, range and zero are first
-narrowed to the share of the range that they span. Softmax runs in base 2; sums are fp32.
+term) so that this rounding acts on ±range/2. Where 2-bit keys are clipped, range and zero are first
+narrowed to the share of the range that codes span. Softmax runs in base 2; sums are fp32.
 
 Loads are never masked by column, and by row only where stale bytes could be read as floats: block 0
 and page 0 stand in for absent rows.
@@ -120,7 +120,7 @@ def attend_step(
     state,  # maximum [M], sum [M] or [M, N] (DEFER), acc [M, D]
     q, q_offset, row_ok, q_pos,  # base, elements [M], bool [M], positions [M] (CAUSAL)
     key_scale,  # fp32 [D] of this head, or None
-    k_clip, v_clip,  # fp32 [H] of this layer, or None
+    key_clip,  # fp32 [H] of this layer, or None
     k16, v16, k_codes, v_codes, k_meta, v_meta,  # bases of the layer
     pages, k_units, v_units, cols,  # bases of the request's lists
     first, n_valid,  # first list entry, tokens from there on
@@ -138,12 +138,9 @@ def attend_step(
     VW: tl.constexpr = D * VT // 8
     UNIT: tl.constexpr = P * H * D // 4
     m, total, acc = state
-    k_share = None
-    if k_clip is not None and KT == 2:
-        k_share = tl.load(k_clip + head)
-    v_share = None
-    if v_clip is not None and VT == 2:
-        v_share = tl.load(v_clip + head)
+    share = None
+    if key_clip is not None and KT == 2:
+        share = tl.load(key_clip + head)
 
     q_parts = ()
     q_sums = ()
@@ -189,7 +186,7 @@ def attend_step(
                     for i in tl.static_range(8 // KT):
                         x = widen(raw, i, KT, MANTISSA, DOT, ASM)
                         dot = tl.dot(q_parts[i * (KW // KC) + c], tl.trans(x))
-                        zero, span = load_pairs(k_meta, page, head, t, H, NG, P, (i * KW + c * KC) // G, valid, k_share)
+                        zero, span = load_pairs(k_meta, page, head, t, H, NG, P, (i * KW + c * KC) // G, valid, share)
                         span *= FACTOR
                         zero -= span * code_bias(KT, MANTISSA)
                         s += dot * span[None, :] + q_sums[(i * KW + c * KC) // G][:, None] * zero[None, :]
@@ -199,7 +196,7 @@ def attend_step(
                         for i in tl.static_range(G // KW):
                             x = widen(raw, g * (G // KW) + i, KT, MANTISSA, DOT, ASM)
                             dot = tl.dot(q_parts[g * (G // KW) + i], tl.trans(x), dot)
-                        zero, span = load_pairs(k_meta, page, head, t, H, NG, P, g, valid, k_share)
+                        zero, span = load_pairs(k_meta, page, head, t, H, NG, P, g, valid, share)
                         span *= FACTOR
                         zero -= span * code_bias(KT, MANTISSA)
                         s += dot * span[None, :] + q_sums[g][:, None] * zero[None, :]
@@ -235,7 +232,7 @@ def attend_step(
             STEP: tl.constexpr = 1.0 / ((1 << VT) - 1)
             MIDDLE: tl.constexpr = (code_bias(VT, MANTISSA) * code_step(VT, MANTISSA) + ((1 << VT) - 1) / 2) * STEP
             for g in tl.static_range(NG):
-                zero, span = load_pairs(v_meta, page, head, t, H, NG, P, g, valid, v_share)
+                zero, span = load_pairs(v_meta, page, head, t, H, NG, P, g, valid, None)
                 weight = (p * span[None, :]).to(DOT)
                 weights = weights + (weight,)
                 centre = p * (zero + span * 0.5)[None, :] - weight.to(tl.float32) * MIDDLE

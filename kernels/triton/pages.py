@@ -115,7 +115,7 @@ def narrow(src, dst, edge, SRC: tl.constexpr, DST: tl.constexpr, BYTES: tl.const
 @triton.jit(do_not_specialize=["count"])
 def copy_kernel(
     commands, count,  # int32 [5, count]: page, source unit, destination unit, source tier, destination tier
-    values0, bytes0, meta0, scale0, edges0, values1, bytes1, meta1, edges1, clipped,
+    values0, bytes0, meta0, scale0, edges0, values1, bytes1, meta1, clipped,
     bytes_stride_l, meta_stride_l,
     MIN_TIER: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
@@ -123,7 +123,7 @@ def copy_kernel(
     """One command, layer, side and head per program; tiers are uniform in a program.
 
     ``…0`` and ``…1`` are the sides of the arena (the same twice if it has one); only side 0 can have
-    a key scale. ``edges…`` are int32 [L, H] or None for both. In a wave nothing is read and written, so
+    a key scale and edges (int32 [L, H]) of clipped ranges. In a wave nothing is read and written, so
     programs need no order.
     """
     command = tl.program_id(0)
@@ -141,7 +141,8 @@ def copy_kernel(
     dst = base + dst_unit * UNIT
     edge = None
     if edges0 is not None:
-        edge = tl.load(tl.where(side == 0, edges0, edges1) + layer * H + head)
+        # 3 is the edge of a whole range.
+        edge = tl.load(edges0 + layer * H + head, mask=side == 0, other=3)
     if src_tier == dst_tier:
         # A head's share of the bytes, whatever they mean: P·D/4 per unit.
         SHARE: tl.constexpr = P * D // 4
