@@ -27,9 +27,9 @@ from typing import Any
 from benchmarks.forced import WINDOW, Widths, chains, compare
 from benchmarks.key_ranges import key_ranges
 from benchmarks.oracle import constants
-from benchmarks.pressure import Row, problem_set, prompt_ids, run_row, versions, wilson
+from benchmarks.pressure import Row, problem_set, prompt_ids, run_row
 from benchmarks.reasoner.evaluate import load
-from benchmarks.result import write
+from benchmarks.result import versions, wilson, write
 from benchmarks.serving import REASONER, ROOT
 from sglang_pmkvq import artifact
 from sglang_pmkvq.calib.run import Settings, calibrate

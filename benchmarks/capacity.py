@@ -19,8 +19,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.pressure import versions
-from benchmarks.result import write
+from benchmarks.result import versions, write
 from benchmarks.serving import REASONER, STRICT, generate_many, scheduler_pid, serve
 from benchmarks.steady import body, random_prompts
 

@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pressure import problem_set, prompt_ids, versions
-from benchmarks.result import write
+from benchmarks.pressure import problem_set, prompt_ids
+from benchmarks.result import versions, write
 from benchmarks.serving import REASONER, Server, generate_many, serve
 
 BIG_POOL = "1GiB"

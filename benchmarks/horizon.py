@@ -32,8 +32,7 @@ import numpy as np
 import psutil
 
 from benchmarks.ledger import _cpu
-from benchmarks.pressure import versions
-from benchmarks.result import write
+from benchmarks.result import versions, write
 from sglang_pmkvq.commands import CommandBatch
 from sglang_pmkvq.formats import UNITS_PER_SUPERBLOCK, PageShape, geometry_for_pages, groups_from_finals
 from sglang_pmkvq.ledger import Ledger, PolicyConfig

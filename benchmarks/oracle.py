@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.pressure import problem_set, prompt_ids, versions
-from benchmarks.result import write
+from benchmarks.pressure import problem_set, prompt_ids
+from benchmarks.result import versions, write
 from benchmarks.serving import REASONER, Server, serve
 from sglang_pmkvq import artifact
 from sglang_pmkvq.config import Protection, choose_geometry, limits_for, page_shape, parse_final_bits, parse_size

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,11 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.methods import PAGE, bytes_per_token
 from benchmarks.reasoner.task import Problem, check, eval_problem, messages
-from benchmarks.result import write
+from benchmarks.result import versions, wilson, write
 from benchmarks.serving import REASONER, ROOT, Server, generate_many, serve
-
-PAGE = 16
 
 
 @dataclass(frozen=True)
@@ -81,17 +78,6 @@ SUITES: dict[str, tuple[Row, ...]] = {
         ours("static 2, whole cache", None, "2", *STATIC, *WHOLE),
     ),
 }
-
-
-def model_facts(model: Path) -> dict[str, Any]:
-    return json.loads((model / "config.json").read_text())
-
-
-def bytes_per_token(model: Path) -> int:
-    """16-bit KV bytes of a token over all layers."""
-    c = model_facts(model)
-    head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-    return 2 * 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * head_dim
 
 
 def problem_set(count: int, low: int, high: int, first: int = 0) -> list[Problem]:
@@ -188,29 +174,6 @@ def measure(
         out["answer_lowest_bits"] = min(b["lowest"] for b in bits)
         out["answer_mean_bits"] = sum(b["mean"] for b in bits) / len(bits)
     return out
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % Wilson interval of a proportion."""
-    p = right / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)
-
-
-def versions() -> dict[str, str]:
-    import sglang
-    import torch
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {
-        "python": platform.python_version(),
-        "sglang": sglang.__version__,
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

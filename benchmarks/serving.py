@@ -21,7 +21,8 @@ from typing import Any, Literal
 import aiohttp
 import requests
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.result import ROOT
+
 REASONER = ROOT / "benchmarks" / "reasoner" / "model"
 START_TIMEOUT_S = 600.0
 

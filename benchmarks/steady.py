@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pressure import model_facts, versions
-from benchmarks.result import write
+from benchmarks.methods import model_facts
+from benchmarks.result import versions, write
 from benchmarks.serving import REASONER, Server, generate_many, serve
 
 POOL = "8MiB"

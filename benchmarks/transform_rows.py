@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pressure import wilson
+from benchmarks.result import wilson
 
 RESAMPLES = 2_000
 

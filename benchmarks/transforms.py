@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.forced import WINDOW, chains, force
-from benchmarks.pressure import problem_set, versions
+from benchmarks.pressure import problem_set
 from benchmarks.reasoner.evaluate import load
-from benchmarks.result import write
+from benchmarks.result import versions, write
 from benchmarks.serving import REASONER
 from benchmarks.transform_rows import Row, rows, table
 from sglang_pmkvq.calib.corpus import Sample, load_corpus

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sglang_pmkvq import artifact
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def table(c: artifact.Calibration) -> str:
@@ -69,15 +72,13 @@ def _ranges(layers: tuple[int, ...]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {text}"
 
 
-def picture(c: artifact.Calibration, path: Path) -> None:
-    """Bits per layer for K and V above, sensitivities below; PNG, SVG or PDF by the ending of ``path``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def draw(c: artifact.Calibration) -> Figure:
+    """Bits per layer for K and V above, sensitivities below."""
+    from matplotlib.figure import Figure
 
     layers = np.arange(c.num_layers)
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(max(6.0, 0.25 * c.num_layers + 3), 6), sharex=True)
+    figure = Figure(figsize=(max(6.0, 0.25 * c.num_layers + 3), 6), layout="tight", facecolor="white")
+    top, bottom = figure.subplots(2, 1, sharex=True)
     for side, name, offset in ((0, "K", -0.2), (1, "V", 0.2)):
         top.bar(layers + offset, [pair[side] for pair in c.finals], 0.38, label=name)
     top.set_yscale("log", base=2)
@@ -95,6 +96,9 @@ def picture(c: artifact.Calibration, path: Path) -> None:
     bottom.set_ylabel(f"sensitivity ({c.sensitivity})")
     bottom.set_xlabel("layer")
     bottom.legend(ncols=3, fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    return figure
+
+
+def picture(c: artifact.Calibration, path: Path) -> None:
+    """``draw`` into a PNG, SVG or PDF, by the ending of ``path``."""
+    draw(c).savefig(path)

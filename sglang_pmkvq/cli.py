@@ -10,6 +10,20 @@ from collections.abc import Sequence
 
 from sglang_pmkvq import __version__
 
+# Modules of the repository's benchmarks/ folder.
+BENCHES = {
+    "accuracy": "right answers of a running server, methods at equal bytes",
+    "kld": "divergence from a 16-bit server on the same tokens, over context length",
+    "offline": "16 bits, static widths and KIVI on the bundled model, without a server",
+    "serve": "throughput and latency with SGLang's own client, methods at equal bytes",
+    "prefix": "what the prefix cache keeps over many turns, at equal bytes",
+    "programs": "sgl.function programs that fork and join",
+    "tpot": "time per output token while nothing shrinks, against stock",
+    "capacity": "tokens and memory against stock",
+    "kernels": "attention kernels on a GPU",
+    "ledger": "host time of the page ledger",
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -24,9 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
 
-    report = commands.add_parser("report", help="draw a file written by --pmkvq-timeline")
-    report.add_argument("file", help="the timeline, JSON lines")
-    report.add_argument("--out", metavar="PICTURE", help="PNG, SVG or PDF (default: FILE with .png)")
+    report = commands.add_parser("report", help="a timeline as a picture, or a folder of results as a page")
+    report.add_argument("file", help="written by --pmkvq-timeline, or a folder with files of pmkvq bench")
+    report.add_argument(
+        "--out", metavar="PATH", help="PNG, SVG or PDF (default: FILE with .png); of a folder: a folder for the page"
+    )
     report.set_defaults(run=_report)
 
     _add_calibrate(commands)
@@ -36,6 +52,17 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--out", metavar="PICTURE", help="PNG, SVG or PDF (default: FILE with .png)")
     inspect.add_argument("--no-picture", action="store_true", help="the table only")
     inspect.set_defaults(run=_inspect)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure: accuracy, kld, serve, prefix, programs, …",
+        description="Runs one benchmark of the repository; pmkvq bench NAME --help lists its options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["benchmarks:", *(f"  {name:<12}{what}" for name, what in BENCHES.items())]),
+    )
+    bench.add_argument("name", choices=BENCHES, metavar="NAME")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    bench.set_defaults(run=_bench)
 
     demo = commands.add_parser(
         "serve-demo",
@@ -162,10 +189,33 @@ def _doctor(args: argparse.Namespace, extra: list[str]) -> int:
 def _report(args: argparse.Namespace, extra: list[str]) -> int:
     from sglang_pmkvq.report import write_report
 
+    if os.path.isdir(args.file):
+        return _repository("report", [args.file, *(["--out", args.out] if args.out else [])])
     path, summary = write_report(args.file, args.out)
     print(summary.text())
     print(f"picture         {path}")
     return 0
+
+
+def _bench(args: argparse.Namespace, extra: list[str]) -> int:
+    return _repository(args.name, args.arguments)
+
+
+def _repository(name: str, arguments: list[str]) -> int:
+    """Run a module of the repository's benchmarks/, which the installed package does not hold."""
+    import subprocess
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parent.parent
+    home = root / "benchmarks"
+    if not ((home / f"{name}.py").is_file() or (home / name / "__main__.py").is_file()):
+        raise ValueError(
+            f"{name} needs benchmarks/{name} of the repository, which the installed package does not hold; "
+            f"clone the repository and run its pmkvq"
+        )
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
 def _serve_demo(args: argparse.Namespace, extra: list[str]) -> int:

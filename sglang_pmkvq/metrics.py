@@ -25,6 +25,8 @@ GAUGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("bytes", "Bytes of the blocks of mapped pages per tier.", ("tier",)),
     ("pool_bytes", "Bytes of all pool tensors: arenas, scales and zeros, page tables.", ()),
     ("pool_bytes_used", "Bytes of blocks of mapped pages, plus scales and zeros of pages below 16 bits.", ()),
+    ("pool_bytes_used_avg", "Mean of pool_bytes_used over forwards.", ()),
+    ("pool_bytes_used_peak", "Highest pool_bytes_used at a forward.", ()),
     ("logical_tokens", "Tokens that SGLang may hand out.", ()),
     ("protected_pages", "Pages that may not shrink (hard) or shrink last (soft).", ("kind",)),
     ("effective_bits", "Bits per KV element of mapped pages, scales and zeros included, now.", ()),
@@ -86,6 +88,8 @@ class MetricsReporter:
             self._set("bytes", stats.block_bytes[tier], str(tier))
         self._set("pool_bytes", self._pool.storage_bytes())
         self._set("pool_bytes_used", stats.used_bytes)
+        self._set("pool_bytes_used_avg", stats.used_bytes_avg)
+        self._set("pool_bytes_used_peak", stats.used_bytes_peak)
         self._set("logical_tokens", self._setup.tokens)
         self._set("protected_pages", stats.hard_pages, "hard")
         self._set("protected_pages", stats.soft_pages, "soft")
@@ -153,6 +157,8 @@ class MetricsReporter:
         return {
             "storage_bytes": self._pool.storage_bytes(),
             "used_bytes": stats.used_bytes,
+            "used_bytes_avg": stats.used_bytes_avg,
+            "used_bytes_peak": stats.used_bytes_peak,
             "mapped_pages": stats.mapped_pages,
             "running_requests": stats.running_requests,
             "pages": {str(t): stats.pages[t] for t in TIERS},

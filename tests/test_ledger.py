@@ -453,6 +453,8 @@ def test_stats_agree_with_the_page_arithmetic(groups: str) -> None:
     bits = 8 / page_elements(SHAPE, layers)
     assert stats.effective_bits_avg == pytest.approx(bits * sum(t for t, _ in weights) / sum(p for _, p in weights))
     assert stats.effective_bits_peak == pytest.approx(bits * max(t / p for t, p in weights))
+    assert stats.used_bytes_avg == pytest.approx(sum(t for t, _ in weights) / len(weights))
+    assert stats.used_bytes_peak == max(t for t, _ in weights)
     assert stats.tick == len(samples) + 1
     lowest, mean = book.request_bits(0)
     assert lowest == min(t for t, n in stats.pages.items() if n)

@@ -28,7 +28,8 @@ class LedgerStats:
             counts l / 2L at each of the two; the values sum to ``mapped_pages``.
         block_bytes: block bytes of mapped pages per tier, over all groups and arenas.
         side_bytes: (zero, range) bytes of sides below 16 bits.
-        used_bytes: all of ``block_bytes`` and ``side_bytes``.
+        used_bytes: all of ``block_bytes`` and ``side_bytes``. used_bytes_avg, used_bytes_peak: its mean and maximum
+            over the forwards that saw pages.
         pool_bytes: bytes of all arenas. arena_used_bytes: bytes of blocks in use, page 0 included.
         num_pages, mapped_pages, free_pages: logical pages, N = mapped + free.
         hard_pages, soft_pages: protected pages.
@@ -48,6 +49,8 @@ class LedgerStats:
     block_bytes: dict[int, int]
     side_bytes: int
     used_bytes: int
+    used_bytes_avg: float
+    used_bytes_peak: int
     pool_bytes: int
     arena_used_bytes: int
     num_pages: int
@@ -78,6 +81,8 @@ class BitMeter:
         self._elements = page_elements(shape, sum(len(g.spec.layers) for g in ledger.groups))
         self._bytes_sum = self._pages_sum = 0
         self._peak_bytes, self._peak_pages = 0, 1
+        self._forwards = 0
+        self.most_bytes = 0
 
     def bytes_now(self) -> int:
         total = 0
@@ -93,12 +98,18 @@ class BitMeter:
         now = self.bytes_now()
         self._bytes_sum += now
         self._pages_sum += mapped
+        self._forwards += 1
+        self.most_bytes = max(self.most_bytes, now)
         if now * self._peak_pages > self._peak_bytes * mapped:
             self._peak_bytes, self._peak_pages = now, mapped
 
     def bits(self, size: int, pages: int) -> float:
         """Bits per element of ``size`` bytes in ``pages`` pages; 16 for none, as a birth would be."""
         return 8 * size / (pages * self._elements) if pages else 16.0
+
+    @property
+    def mean_bytes(self) -> float:
+        return self._bytes_sum / self._forwards if self._forwards else 0.0
 
     @property
     def average(self) -> float:
@@ -146,6 +157,8 @@ def collect(ledger: Ledger) -> LedgerStats:
         block_bytes=size,
         side_bytes=side_bytes,
         used_bytes=sum(size.values()) + side_bytes,
+        used_bytes_avg=meter.mean_bytes,
+        used_bytes_peak=meter.most_bytes,
         pool_bytes=ledger.geometry.arena_bytes,
         arena_used_bytes=used,
         num_pages=ledger.num_pages,

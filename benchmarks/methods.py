@@ -1,0 +1,146 @@
+"""KV-cache methods by name, and the server flags that run each in the same bytes. One list for all benchmarks.
+
+Names:
+
+* ``16bit``: stock SGLang with memory for everything: the ceiling of accuracy.
+* ``stock``: stock SGLang in the given bytes. ``stock-fp8``: the same with an fp8 KV cache.
+* ``age-FINAL``, ``uniform-FINAL``, ``static-FINAL``: our pool under that policy. FINAL is what ``--pmkvq-final-bits``
+  takes (``2``, ``k4v2``, ``0-2:8,3-5:k4v2``) or a calibration file. ``static`` protects sinks and window hard, as
+  KIVI-like systems do; with widths per layer it is the KVTuner-like mix.
+* ``-hard`` or ``-soft`` at the end chooses the protection; ``-nowindow`` leaves sinks and window unprotected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result import ROOT
+
+PAGE = 16
+POLICIES = ("age", "uniform", "static")
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one server keeps its KV cache.
+
+    Attributes:
+        name: as above.
+        quant: our pool, else stock.
+        unbounded: gets all the bytes it needs, whatever the others get; the caller says how many.
+        args: flags beyond those of the size.
+    """
+
+    name: str
+    quant: bool
+    unbounded: bool = False
+    args: tuple[str, ...] = ()
+
+    @staticmethod
+    def parse(name: str) -> Method:
+        """The method of that name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if name == "16bit":
+            return Method(name, False, unbounded=True)
+        if name == "stock":
+            return Method(name, False)
+        if name == "stock-fp8":
+            return Method(name, False, args=("--kv-cache-dtype", "fp8_e4m3"))
+        policy, _, rest = name.partition("-")
+        if policy not in POLICIES or not rest:
+            raise ValueError(
+                f"unknown method {name!r}: expected 16bit, stock, stock-fp8, or age-, uniform- or static- and then "
+                f"final bits or a calibration file"
+            )
+        protect = "hard" if policy == "static" else "soft"
+        window: tuple[str, ...] = ()
+        while True:
+            rest, dash, end = rest.rpartition("-") if rest.endswith(("-hard", "-soft", "-nowindow")) else (rest, "", "")
+            if not dash:
+                break
+            if end == "nowindow":
+                window = ("--pmkvq-window", "0", "--pmkvq-sink-tokens", "0")
+            else:
+                protect = end
+        flag = "--pmkvq-calibration" if rest.endswith(".safetensors") else "--pmkvq-final-bits"
+        return Method(name, True, args=("--pmkvq-policy", policy, "--pmkvq-protect", protect, flag, rest, *window))
+
+    def server_args(self, model: Path, pool_bytes: int | None, running: int, chunk: int | None = None) -> list[str]:
+        """Flags of a server that runs this method.
+
+        Args:
+            model: model folder; its config gives the bytes of a token.
+            pool_bytes: bytes for KV, everything included; None: what the server takes by itself.
+            running: ``--max-running-requests``.
+            chunk: ``--chunked-prefill-size``; None: SGLang's default.
+        """
+        args = ["--max-running-requests", str(running), "--decode-log-interval", "8"]
+        args += ["--chunked-prefill-size", str(chunk)] if chunk else []
+        if self.quant:
+            args += ["--page-size", str(PAGE)]
+        if pool_bytes is not None:
+            if self.quant:
+                args += ["--pmkvq-pool-bytes", str(pool_bytes)]
+            else:
+                width = 1 if "fp8_e4m3" in self.args else 2
+                args += ["--max-total-tokens", str(pool_bytes * 2 // (bytes_per_token(model) * width))]
+        return [*args, *self.args]
+
+
+def model_facts(model: Path) -> dict[str, Any]:
+    return json.loads((model / "config.json").read_text())
+
+
+def bytes_per_token(model: Path) -> int:
+    """16-bit KV bytes of a token over all layers."""
+    c = model_facts(model)
+    head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    return 2 * 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * head_dim
+
+
+def methods(text: str) -> list[Method]:
+    """Methods of a comma- or space-separated list, each once.
+
+    A comma inside widths per layer (``0-2:8,3-5:k4v2``) belongs to the widths.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    parts: list[str] = []
+    for part in text.replace(" ", ",").split(","):
+        if part and part[0].isdigit() and ":" in part and parts:
+            parts[-1] += f",{part}"
+        elif part:
+            parts.append(part)
+    if not parts:
+        raise ValueError("--methods is empty; expected names such as stock,age-2,static-2")
+    return [Method.parse(name) for name in dict.fromkeys(parts)]
+
+
+def arguments(parser: argparse.ArgumentParser, default: str, out: str) -> None:
+    """Add the options that all server benchmarks share."""
+    from benchmarks.serving import REASONER
+
+    parser.add_argument("--model", type=Path, default=REASONER, help="model folder (default: the bundled reasoner)")
+    parser.add_argument("--methods", default=default, help="default %(default)s; see benchmarks/methods.py")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(out), help="result file, default %(default)s; a run goes on")
+    parser.add_argument("--server-args", default="", help="further flags for every server, in one string")
+
+
+def config(options: argparse.Namespace, *, drop: Sequence[str] = ()) -> dict[str, Any]:
+    """The options that decide the figures, as JSON values; paths inside the repository relative to it."""
+    out = {}
+    for name, value in vars(options).items():
+        if name in ("out", "methods", *drop):
+            continue
+        out[name] = str(value).removeprefix(f"{ROOT}/") if isinstance(value, Path) else value
+    return out

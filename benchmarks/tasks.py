@@ -1,0 +1,221 @@
+"""Problems with checkable answers: the bundled task, or a JSON-lines file of prompts and answers.
+
+A record of a file has a prompt (``prompt``, ``question``, ``problem`` or ``Question``, or ``messages`` as chat
+messages) and an answer (``answer``, ``Answer`` or ``target``); AIME and MATH-500 files are of this form. GPQA's own
+columns (``Question``, ``Correct Answer``, ``Incorrect Answer 1`` …) become multiple choice, options in an order that
+depends only on the seed and the question. ``checker`` in a record overrides that of the command.
+
+Checkers compare what stands behind the last ``</think>``, if there is one:
+
+* ``exact``: the whole answer, white space collapsed.
+* ``numeric``: the last ``\\boxed{…}`` if there is one, else the last number; equal as numbers (``1/2`` = ``0.5``).
+* ``boxed``: the last ``\\boxed{…}``; equal as numbers, or as text after LaTeX spacing and style are taken away. It does
+  no algebra: ``x+1`` and ``1+x`` differ.
+* ``choice``: a letter, in ``\\boxed{…}``, or behind "answer", or alone on the last line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+PROMPT_KEYS = ("prompt", "question", "problem", "Question", "Problem")
+ANSWER_KEYS = ("answer", "Answer", "target", "Correct Answer")
+LETTERS = "ABCDEFGHIJ"
+INSTRUCTIONS = {
+    "exact": "",
+    "numeric": "Please reason step by step, and put your final answer within \\boxed{}.",
+    "boxed": "Please reason step by step, and put your final answer within \\boxed{}.",
+    "choice": "Please reason step by step, and put the letter of your answer within \\boxed{}.",
+}
+
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?")
+_FRACTION = re.compile(r"\\d?t?frac\{([^{}]+)\}\{([^{}]+)\}|\\d?t?frac(\d)(\d)")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A problem to send and how to judge what comes back.
+
+    Attributes:
+        messages: chat messages.
+        answer: the right answer.
+        check: whether an output is right.
+        max_tokens: output tokens that suffice, where that is known.
+    """
+
+    messages: list[dict[str, str]]
+    answer: str
+    check: Callable[[str], bool]
+    max_tokens: int | None = None
+
+
+def final_part(text: str) -> str:
+    """What a reasoning model wrote behind its thoughts."""
+    return text.rpartition("</think>")[2].strip()
+
+
+def boxed(text: str) -> str | None:
+    """Content of the last ``\\boxed{…}`` with its braces balanced, or None."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len("\\boxed")
+    for i in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[begin + 1 : i]
+    return None
+
+
+def number(text: str) -> Fraction | None:
+    """``text`` as an exact number: integers with thousands commas, decimals, ``a/b``, ``\\frac{a}{b}``; else None."""
+    plain = _FRACTION.sub(lambda m: f"{m[1] or m[3]}/{m[2] or m[4]}", text)
+    plain = plain.replace("\\!", "").replace("{,}", ",").strip().strip("$").rstrip(".%").removesuffix("\\").strip()
+    if not re.fullmatch(_NUMBER, plain):
+        return None
+    top, _, bottom = plain.replace(",", "").replace(" ", "").partition("/")
+    if bottom and int(bottom) == 0:
+        return None
+    return Fraction(top) / int(bottom or 1)
+
+
+def latex(text: str) -> str:
+    """Text of a formula without spacing, style and delimiters."""
+    text = re.sub(r"\\(?:left|right|displaystyle|,|;|!|:|quad|qquad)(?![a-zA-Z])", "", text)
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    text = re.sub(r"\^\{?\\circ\}?|\\%|[%$]", "", text)
+    return re.sub(r"\s+", "", text).rstrip(".")
+
+
+def same(given: str, answer: str) -> bool:
+    """Equal as numbers if both are, else as formulas' text."""
+    a, b = number(given), number(answer)
+    return a == b if a is not None and b is not None else latex(given) == latex(answer)
+
+
+def check_exact(text: str, answer: str) -> bool:
+    return final_part(text).split() == answer.split()
+
+
+def check_numeric(text: str, answer: str) -> bool:
+    part = final_part(text)
+    given = boxed(part)
+    if given is None or number(given) is None:
+        found = _NUMBER.findall(given if given is not None else part)
+        given = found[-1] if found else None
+    return given is not None and number(given) is not None and number(given) == number(answer)
+
+
+def check_boxed(text: str, answer: str) -> bool:
+    given = boxed(final_part(text))
+    return given is not None and same(given, answer)
+
+
+def check_choice(text: str, answer: str) -> bool:
+    part = final_part(text)
+    given = boxed(part)
+    letter = None
+    if given is not None:
+        match = re.search(r"(?<![A-Za-z])([A-J])(?![A-Za-z])", re.sub(r"\\text\w*", "", given))
+        letter = match[1] if match else None
+    else:
+        said = re.findall(r"(?i:answer(?:\s+is|:)?)\s*:?\s*\**\(?([A-J])\)?(?![A-Za-z])", part)
+        alone = re.search(r"^\W*([A-J])\W*\Z", part, re.M)
+        letter = said[-1] if said else alone[1] if alone else None
+    return letter == answer.strip().strip("()")
+
+
+CHECKERS: dict[str, Callable[[str, str], bool]] = {
+    "exact": check_exact,
+    "numeric": check_numeric,
+    "boxed": check_boxed,
+    "choice": check_choice,
+}
+
+
+def load_jsonl(path: Path, checker: str | None, seed: int) -> list[Item]:
+    """The problems of a file.
+
+    Args:
+        path: JSON lines.
+        checker: for records without one of their own; None: ``choice`` for GPQA's columns, else ``boxed``.
+        seed: of the order of options.
+
+    Raises:
+        ValueError: a record cannot be used; names the line and what is missing.
+        OSError: the file cannot be read.
+    """
+    items = []
+    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            items.append(_item(record, checker, seed))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}:{n}: {error}") from error
+    if not items:
+        raise ValueError(f"{path} holds no problems; expected JSON lines with a prompt and an answer")
+    return items
+
+
+def _item(record: dict[str, Any], checker: str | None, seed: int) -> Item:
+    answer = next((record[key] for key in ANSWER_KEYS if record.get(key) is not None), None)
+    prompt = next((record[key] for key in PROMPT_KEYS if isinstance(record.get(key), str)), None)
+    messages = record.get("messages")
+    if answer is None:
+        raise ValueError(f"no answer; expected one of {', '.join(ANSWER_KEYS)}")
+    if prompt is None and not (isinstance(messages, list) and messages):
+        raise ValueError(f"no prompt; expected messages or one of {', '.join(PROMPT_KEYS)}")
+    answer = str(answer)
+    wrong = [record[key] for key in sorted(record) if key.startswith("Incorrect Answer")]
+    name = record.get("checker") or checker or ("choice" if wrong else "boxed")
+    if name not in CHECKERS:
+        raise ValueError(f"unknown checker {name!r}; expected one of {', '.join(CHECKERS)}")
+    if wrong:
+        prompt, answer = _options(str(prompt), answer, list(map(str, wrong)), seed)
+    if not messages:
+        instruction = INSTRUCTIONS[name]
+        messages = [{"role": "user", "content": f"{prompt}\n{instruction}" if instruction else prompt}]
+    return Item(messages, answer, lambda text: CHECKERS[name](text, answer))
+
+
+def _options(question: str, right: str, wrong: Sequence[str], seed: int) -> tuple[str, str]:
+    """A multiple-choice question, and the letter of its answer."""
+    digest = hashlib.sha256(f"{seed} {question}".encode()).digest()
+    order = [right, *wrong]
+    random.Random(digest).shuffle(order)
+    lines = [f"{letter}) {option.strip()}" for letter, option in zip(LETTERS, order, strict=False)]
+    return "\n".join([question.strip(), "", *lines]), LETTERS[order.index(right)]
+
+
+def builtin(count: int, lines: str, first: int = 0) -> list[Item]:
+    """Evaluation problems of the bundled task with programs of ``low-high`` lines.
+
+    Raises:
+        ValueError: ``lines`` is no range.
+    """
+    from benchmarks.reasoner.task import check, eval_problem, messages
+
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", lines)
+    if not match:
+        raise ValueError(f"--lines {lines}: expected a range such as 64-128")
+    low, high = int(match[1]), int(match[2] or match[1])
+    out = []
+    for i in range(first, first + count):
+        problem = eval_problem(i, low, high)
+        out.append(Item(messages(problem), str(problem.answer), _bundled(check, problem), problem.chain_tokens))
+    return out
+
+
+def _bundled(check: Callable[[Any, str], bool], problem: Any) -> Callable[[str], bool]:
+    return lambda text: check(problem, text)
