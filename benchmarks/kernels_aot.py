@@ -90,7 +90,6 @@ def configs() -> Iterator[Config]:
             yield Config(kernel, arch, key_scale=True, logit_cap=True)
             yield Config(kernel, arch, finals=(2, 2), key_scale=True, key_clip=True)
         yield Config("decode", arch, "fp16", finals=(2, 2), key_clip=True)
-        yield Config("decode", arch, key_clip=True)
         yield Config("copy", arch, finals=(2, 2), key_scale=True, key_clip=True)
         yield Config("copy", arch)
         yield Config("copy", arch, "fp16", finals=(8, 8))
