@@ -36,7 +36,7 @@ from torch import Tensor
 from benchmarks.forced import WINDOW, chains, force
 from benchmarks.pressure import problem_set
 from benchmarks.reasoner.evaluate import load
-from benchmarks.result import versions, write
+from benchmarks.result import commit, versions, write
 from benchmarks.serving import REASONER
 from benchmarks.transform_rows import Row, rows, table
 from sglang_pmkvq.calib.corpus import Sample, load_corpus
@@ -323,7 +323,7 @@ class Bench:
             self.result["rows"].append(
                 {
                     **self.key(row, seed),
-                    "commit": self.result["versions"]["commit"],
+                    "commit": commit(),
                     "error": [_relative_error(here, plan, i) for i, here in enumerate(held_out)],
                     "kl": [float(kl.mean()) for kl, _ in forced],
                     "right": [bool(hit.all()) for _, hit in forced],
@@ -359,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": [],
     }
     if options.out.exists():
-        result["rows"] = json.loads(options.out.read_text())["rows"]
+        result = json.loads(options.out.read_text())
     bench = Bench(options, result)
     for seed in options.seeds:
         bench.seed(seed)
