@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.reasoner.evaluate import prompt_tokens
+from benchmarks.reasoner.evaluate import mixed_attention, prompt_tokens
 from benchmarks.reasoner.model import Llama
 from benchmarks.reasoner.task import Problem
 from sglang_pmkvq.formats import TIERS, K, V
@@ -76,11 +76,7 @@ def _bf16(x: Tensor) -> Tensor:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, widths: Reader, layer: int, distance: Tensor, exact: Tensor) -> Tensor:
     k_low, v_low = widths.read(layer, K, k), widths.read(layer, V, v)
-    share = q.shape[0] // k.shape[0]
-    k, v, k_low, v_low = (t.repeat_interleave(share, 0) for t in (k, v, k_low, v_low))
-    scores = torch.where(exact, q @ k.transpose(-1, -2), q @ k_low.transpose(-1, -2)) / math.sqrt(q.shape[-1])
-    p = scores.masked_fill_(distance < 0, -math.inf).softmax(-1)
-    return (p * exact) @ v + (p * ~exact) @ v_low
+    return mixed_attention(q, k, v, k_low, v_low, ~exact, ~exact, distance < 0)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import re
@@ -114,6 +115,10 @@ class Server:
         """Most requests in one decode batch of the log since ``mark``."""
         return max((int(n) for n in re.findall(r"#running-req: (\d+)", self.new_log())), default=0)
 
+    def decode_running(self) -> list[int]:
+        """Running requests in each decode line of the log since ``mark``."""
+        return [int(n) for n in re.findall(r"Decode batch.*?#running-req: (\d+)", self.new_log())]
+
     def errors(self, since_mark: bool = False) -> list[str]:
         """Tracebacks and error lines of the log; a client that hangs up is not an error."""
         log = self.new_log() if since_mark else self.log()
@@ -206,6 +211,28 @@ def _wait_ready(server: Server) -> None:
                 return
         time.sleep(0.5)
     raise ServerFailed(f"not ready after {START_TIMEOUT_S} s\n{server.log()[-6000:]}")
+
+
+async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """One streamed ``/generate``: seconds to the first token, and the last message, which holds the whole answer.
+
+    Raises:
+        aiohttp.ClientResponseError: the server refused it. RuntimeError: it ended without an answer.
+    """
+    start = time.perf_counter()
+    first, last = 0.0, b"{}"
+    async with session.post(f"{url}/generate", json={**body, "stream": True}) as response:
+        response.raise_for_status()
+        async for line in response.content:
+            part = line.removeprefix(b"data: ").strip()
+            if not part or part == b"[DONE]":
+                continue
+            first = first or time.perf_counter() - start
+            last = part
+    answer = json.loads(last)
+    if answer.get("meta_info", {}).get("finish_reason") is None:
+        raise RuntimeError(f"the answer did not come to its end: {answer}")
+    return first, answer
 
 
 def generate_many(server: Server, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[dict[str, Any]]:
