@@ -74,7 +74,7 @@ def test_bundled_model_is_calibrated_and_answers(tmp_path: Path) -> None:
         )
         for c in (case, plain, whole)
     )
-    # 1e-6 against 3e-6: at 8 and 4 bits both are small, and what is left is the rounding of bf16.
+    # 1.5e-6 against 3.9e-6 and 2.9e-6: all are small, and what is left is the rounding of bf16.
     assert as_served.mean() < 1e-5
     assert as_served.mean() < unscaled.mean() / 1.5
     assert as_served.mean() < unclipped.mean() / 1.5
