@@ -79,6 +79,8 @@ def style(index: int) -> dict[str, Any]:
 
 def family(method: str) -> str:
     """Methods that differ in width only are one series: ``age-2`` and ``age-4`` are ``age``."""
+    if method.endswith(".safetensors"):
+        return f"{method.partition('-')[0]}, calibrated"
     return method if method in ("16bit", "stock", "stock-fp8") else method.partition("-")[0]
 
 
