@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import re
@@ -45,6 +46,12 @@ def free_port() -> int:
 
 class ServerFailed(RuntimeError):
     """The server ended before it was ready; the message ends with its log."""
+
+    @property
+    def reason(self) -> str:
+        """The last line of the log that names an error, else its last line."""
+        lines = [line.strip() for line in str(self).splitlines() if line.strip()]
+        return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
 
 
 @dataclass
@@ -113,6 +120,11 @@ class Server:
     def peak_running(self) -> int:
         """Most requests in one decode batch of the log since ``mark``."""
         return max((int(n) for n in re.findall(r"#running-req: (\d+)", self.new_log())), default=0)
+
+    def decode_batches(self) -> list[tuple[int, int]]:
+        """(running requests, tokens that they hold) of each decode line of the log since ``mark``."""
+        found = re.findall(r"Decode batch.*?#running-req: (\d+), #token: (\d+)", self.new_log())
+        return [(int(running), int(tokens)) for running, tokens in found]
 
     def errors(self, since_mark: bool = False) -> list[str]:
         """Tracebacks and error lines of the log; a client that hangs up is not an error."""
@@ -224,6 +236,28 @@ def _wait_ready(server: Server) -> None:
                 return
         time.sleep(0.5)
     raise ServerFailed(f"not ready after {START_TIMEOUT_S} s\n{server.log()[-6000:]}")
+
+
+async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """One streamed ``/generate``: seconds to the first token, and the last message, which holds the whole answer.
+
+    Raises:
+        aiohttp.ClientResponseError: the server refused it. RuntimeError: it ended without an answer.
+    """
+    start = time.perf_counter()
+    first, last = 0.0, b"{}"
+    async with session.post(f"{url}/generate", json={**body, "stream": True}) as response:
+        response.raise_for_status()
+        async for line in response.content:
+            part = line.removeprefix(b"data: ").strip()
+            if not part or part == b"[DONE]":
+                continue
+            first = first or time.perf_counter() - start
+            last = part
+    answer = json.loads(last)
+    if answer.get("meta_info", {}).get("finish_reason") is None:
+        raise RuntimeError(f"the answer did not come to its end: {answer}")
+    return first, answer
 
 
 def generate_many(server: Server, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ serves with ``--kv-quant pmkvq``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 from sglang_pmkvq import runtime
@@ -82,9 +83,13 @@ def _before_forward(self: Any, *args: Any, **kwargs: Any) -> None:
         return
     assert current.pool is not None
     assert current.metrics is not None
+    start = perf_counter()
     commands = current.allocator.ledger.drain()
     if commands:
         current.pool.execute(commands)
+        if commands.waves:
+            current.metrics.on_shrinks(current.allocator.alloc_seconds + perf_counter() - start)
+    current.allocator.alloc_seconds = 0.0
     current.metrics.on_forward()
 
 

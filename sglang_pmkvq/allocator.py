@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +25,11 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
 
     SGLang's calls name neither requests nor prefixes, so hooks around ``alloc_for_extend`` and
     ``alloc_for_decode`` put the batch into ``batch_context`` first. Every decision is the ledger's;
-    nothing here reads a clock or the device's free memory, so ranks that see the same events decide
+    none depends on a clock or the device's free memory, so ranks that see the same events decide
     alike.
+
+    Attributes:
+        alloc_seconds: host time that the ledger took for allocations since the last forward; measured, never used.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
         self.on_event: Callable[..., None] | None = None
         self._batch: ScheduleBatch | None = None
         self._tree: Any = None
+        self.alloc_seconds = 0.0
         self._in_row_rewrite = False
         self._rewritten = False
         self._group: list[np.ndarray] = []
@@ -123,7 +128,9 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
         page = self.page_size
         before, after = prefix_lens_cpu.numpy(), seq_lens_cpu.numpy()
         prefix_pages = self._pages_of([req.prefix_indices for req in reqs])
+        start = perf_counter()
         new = self.ledger.extend([req.req_pool_idx for req in reqs], prefix_pages, before, after)
+        self.alloc_seconds += perf_counter() - start
         if new is None:
             return None
         # Per request the pages that its new tokens touch: its partial last page, if any, then new ones.
@@ -148,7 +155,9 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
         reqs = self._batch_reqs("alloc_decode")
         slots = np.array([req.req_pool_idx for req in reqs], np.int64)
         after = seq_lens_cpu.numpy()
+        start = perf_counter()
         new = self.ledger.append(slots, after)
+        self.alloc_seconds += perf_counter() - start
         if new is None:
             return None
         out = last_loc.to(torch.int64) + 1

@@ -49,6 +49,7 @@ COUNTERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "Times cached pages were evicted to keep running requests at --pmkvq-min-active-bits.",
         (),
     ),
+    ("shrink_seconds", "Host time of the allocations that shrank pages and of issuing their commands.", ()),
 )
 
 
@@ -63,6 +64,7 @@ class MetricsReporter:
         self._metrics: dict[str, Any] = {}
         self._exported: dict[tuple[str, tuple[str, ...]], float] = {}
         self._retractions_since_finish = 0
+        self._shrink_seconds = 0.0
         self._timeline = TimelineWriter(setup.timeline, setup.summary()) if setup.timeline else None
 
     def attach(self, labels: dict[str, str]) -> None:
@@ -103,6 +105,7 @@ class MetricsReporter:
         for name, count in asdict(self._pool.device_counts()).items():
             self._count(name, count)
         self._count("evict_requests", stats.evict_requests)
+        self._count("shrink_seconds", self._shrink_seconds)
 
     def _child(self, name: str, extra: tuple[str, ...]) -> Any:
         assert self._labels is not None
@@ -126,6 +129,10 @@ class MetricsReporter:
         """One timeline row per forward; the writer thins them out and keeps the last."""
         if self._timeline is not None:
             self._timeline.record(self._row(self._ledger.stats()))
+
+    def on_shrinks(self, seconds: float) -> None:
+        """Deciding on and issuing the copies of a forward took so much host time."""
+        self._shrink_seconds += seconds
 
     def on_retract(self, requests: int) -> None:
         self._retractions_since_finish += requests
@@ -165,6 +172,8 @@ class MetricsReporter:
             "bytes": {str(t): stats.block_bytes[t] for t in TIERS},
             "shrinks": {f"{a}->{b}": n for (a, b), n in stats.shrinks.items()},
             "evict_requests": stats.evict_requests,
+            "shrink_seconds": self._shrink_seconds,
+            "decode_read_bytes": self._ledger.running_bytes,
             **asdict(self._pool.device_counts()),
             "effective_bits": stats.effective_bits,
             "effective_bits_avg": stats.effective_bits_avg,

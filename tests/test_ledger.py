@@ -444,6 +444,7 @@ def test_stats_agree_with_the_page_arithmetic(groups: str) -> None:
         samples.append((total, len(pages)))
         stats = book.stats()
         assert stats.used_bytes == total
+        assert book.running_bytes == total
         assert stats.effective_bits == pytest.approx(8 * total / (len(pages) * page_elements(SHAPE, layers)))
         assert sum(stats.pages.values()) == pytest.approx(len(pages))
         assert sum(stats.block_bytes.values()) + stats.side_bytes == total
@@ -461,6 +462,19 @@ def test_stats_agree_with_the_page_arithmetic(groups: str) -> None:
     assert mean == pytest.approx(sum(t * n for t, n in stats.pages.items()) / stats.mapped_pages)
     shrunk = sum(stats.shrunk_bytes.values())
     assert shrunk == len(pages) * first - sum(stats.block_bytes.values())
+
+
+def test_running_bytes_count_a_shared_page_for_each_reader_and_no_cached_one() -> None:
+    book = ledger("2", pages=40, window_tokens=0, sink_tokens=0)
+    one = page_bytes(SHAPE, book.groups[0].spec, 0)
+    shared = prefill(book, 0, 4 * P)
+    prefill(book, 1, 6 * P, shared)
+    assert book.running_bytes == (4 + 6) * one
+    book.finish(0)
+    assert book.running_bytes == 6 * one
+    assert book.stats().mapped_pages == 6
+    book.finish(1)
+    assert book.running_bytes == 0
 
 
 def test_active_step_is_clamped_by_what_the_group_can_do() -> None:

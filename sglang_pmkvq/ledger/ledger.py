@@ -350,6 +350,11 @@ class Ledger:
         """Slots with a live request; O(slots)."""
         return int((self.requests.tokens >= 0).sum())
 
+    @property
+    def running_bytes(self) -> int:
+        """Bytes of the pages that running requests list, a shared page once for each; O(their pages)."""
+        return self.meter.running_bytes(self.requests)
+
     def pages_of(self, slot: int) -> np.ndarray:
         """int64 [n], the request's list as bound and grown, stale entries included."""
         self.requests.check_slot(slot)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sglang_pmkvq.formats import (
     SIDES,
     TIERS,
@@ -17,6 +19,7 @@ from sglang_pmkvq.ledger.pages import HARD, SOFT
 
 if TYPE_CHECKING:
     from sglang_pmkvq.ledger.ledger import Ledger
+    from sglang_pmkvq.ledger.requests import RequestTable
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,17 @@ class BitMeter:
             for pages, cost in zip(group.step_pages, costs, strict=True):
                 total += pages * cost
         return total
+
+    def running_bytes(self, requests: RequestTable) -> int:
+        """Bytes that a decode step of all running requests reads, a shared page once for each; O(their pages)."""
+        live = [requests.valid_pages(slot) for slot in (requests.tokens >= 0).nonzero()[0].tolist()]
+        if not live:
+            return 0
+        pages = np.concatenate(live)
+        return sum(
+            int(np.array(costs, np.int64)[group.steps[pages]].sum())
+            for group, costs in zip(self._groups, self._costs, strict=True)
+        )
 
     def sample(self, mapped: int) -> None:
         """Count the coming forward, which sees ``mapped`` pages."""
