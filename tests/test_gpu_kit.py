@@ -1,4 +1,4 @@
-"""The kit for GPU machines without a registry: what is in it, that its wheels are whole, and that it installs offline."""
+"""The kit for GPU machines without a registry: what is in it, that its wheels are whole, that it installs offline."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def kernels_wheel(tmp_path: Path) -> Path:
     """A wheel with the file names of the real one."""
     record = metadata.distribution("sglang-kernel").files
     assert record is not None
-    names = [str(f) for f in record if str(f).startswith(("sgl_kernel/", "triton_kernels/")) and "__pycache__" not in str(f)]
+    names = [
+        str(f) for f in record if str(f).startswith(("sgl_kernel/", "triton_kernels/")) and "__pycache__" not in str(f)
+    ]
     assert sum(name.endswith("common_ops.abi3.so") for name in names) == len(build_kit.ARCHITECTURES)
     files = {name: name.encode() for name in names}
     return make_wheel(tmp_path, "sglang-kernel", "0.4.4", files, tag=KERNEL_TAG)
@@ -92,12 +94,15 @@ def test_a_wheel_that_is_not_its_record_is_found(harm: str, tmp_path: Path) -> N
                 out.writestr(name, b"a = 2\n" if changed else source.read(name))
         if harm == "added":
             out.writestr("extra.py", b"")
-    with pytest.raises(ValueError, match={"changed": "good.py is not what", "added": "extra.py is not in", "lost": "names more.py"}[harm]):
+    with pytest.raises(
+        ValueError,
+        match={"changed": "good.py is not what", "added": "extra.py is not in", "lost": "names more.py"}[harm],
+    ):
         build_kit.check_wheel(bad)
 
 
 def test_what_is_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requirements level by level with extras and markers; not what the image has in a good version, nor what is left out."""
+    """Requirements with extras and markers; not what the image has in a good version, nor what is left out."""
     monkeypatch.setattr(build_kit, "LEFT_OUT", {"huge": "is never imported"})
     root = make_wheel(tmp_path, "root", "1", {}, (
         "a[fast]>=1", "huge", "torch>=2", "old==2", 'b; python_version >= "3.13"', 'c; extra == "test"'
@@ -118,7 +123,9 @@ def make_kit(folder: Path, part_bytes: int = 700) -> dict[str, object]:
     """A tiny kit for the Python that runs the tests; kit.json and parts in `folder`."""
     work = folder.parent / "work"
     work.mkdir()
-    wheels = [make_wheel(work, name, "1.0", {f"{name}.py": f"NAME = {name!r}\n".encode() * 20}) for name in ("one", "two")]
+    wheels = [
+        make_wheel(work, name, "1.0", {f"{name}.py": f"NAME = {name!r}\n".encode() * 20}) for name in ("one", "two")
+    ]
     source = work / "source.tar.gz"
     source.write_bytes(b"not read here")
     folder.mkdir()

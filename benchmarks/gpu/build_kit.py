@@ -20,7 +20,6 @@ import base64
 import csv
 import hashlib
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -61,7 +60,38 @@ KERNELS_LEFT_OUT = re.compile(r"sgl_kernel/(flash_ops|flashmla_ops)\.|sgl_kernel
 
 # What SGLang or FlashInfer require and a dense model on one GPU never imports, each with why. Found by importing the
 # server's modules in an empty environment (`benchmarks.gpu.imports`) until nothing was missing.
-LEFT_OUT: dict[str, str] = {}
+LEFT_OUT = {
+    "anthropic": "another API than the client speaks",
+    "blobfile": "reads vocabularies of harmony models",
+    "build": "builds packages",
+    "cuda-python": "a list of other packages; what is used of them (cuda-bindings) comes with torch",
+    "cuda-tile": "FlashInfer kernels for Blackwell",
+    "easydict": "multimodal models",
+    "flash-attn-4": "attention for Blackwell",
+    "flashinfer-cubin": "1.8 GB of binaries for TensorRT-LLM kernels; FlashInfer compiles what it uses with nvcc",
+    "interegular": "grammars (outlines)",
+    "kernels": "kernels from a hub",
+    "llguidance": "grammars; servers run with --grammar-backend none",
+    "mistral-common": "Mistral's own tokenizers",
+    "modelscope": "a hub",
+    "nvidia-cudnn-frontend": "FlashInfer's cuDNN attention",
+    "nvidia-cutlass-dsl": "365 MB; kernels in CuTe DSL, for Blackwell and mixture of experts",
+    "nvidia-mathdx": "kernels of multimodal models",
+    "openai-harmony": "harmony models",
+    "outlines": "grammars",
+    "py-spy": "a profiler from outside",
+    "quack-kernels": "kernels in CuTe DSL",
+    "sgl-deep-gemm": "fp8 matrix products; without it SGLang switches them off",
+    "smg-grpc-servicer": "a gRPC server",
+    "tilelang": "177 MB and z3; kernels for sparse attention",
+    "timm": "multimodal models",
+    "tokenspeed-mla": "MLA for Blackwell, with a second Triton of 287 MB",
+    "torch-memory-saver": "releases memory while a server sleeps",
+    "torchao": "quantized weights",
+    "torchcodec": "video",
+    "watchfiles": "reloads certificates",
+    "xgrammar": "113 MB; grammars",
+}
 
 
 def step(text: str) -> None:
@@ -136,7 +166,7 @@ def collect(roots: Sequence[Path], folder: Path, lock: dict[str, str], image: di
         SystemExit: a package is not pinned in the lock file, or has no wheel.
     """
     found: dict[str, Path] = {}
-    level = list(requirement for root in roots for requirement in requirements(root))
+    level = [requirement for root in roots for requirement in requirements(root)]
     seen: set[str] = set()
     while level:
         wanted: dict[str, str] = {}
@@ -206,11 +236,7 @@ def trim_kernels(wheel: Path, folder: Path, arch: str) -> Path:
         return target
     partial = target.with_suffix(".part")
     with zipfile.ZipFile(wheel) as source:
-        kept = [
-            n
-            for n in source.namelist()
-            if n.startswith(f"sgl_kernel/{arch}/") or not KERNELS_LEFT_OUT.match(n)
-        ]
+        kept = [n for n in source.namelist() if n.startswith(f"sgl_kernel/{arch}/") or not KERNELS_LEFT_OUT.match(n)]
         if not any(n.startswith(f"sgl_kernel/{arch}/common_ops.") for n in kept):
             raise SystemExit(f"build_kit: {wheel.name} has no operators for {arch}")
         rows = []
@@ -261,7 +287,7 @@ def source_archive(path: Path) -> str:
 def pack(files: Sequence[Path], out: Path, part_bytes: int) -> tuple[str, list[dict[str, Any]]]:
     """One tar of `files`, the same for the same files, cut into parts ``kit.tar.000``, …; (its SHA-256, parts)."""
     whole = out / "kit.tar"
-    with tarfile.open(whole, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(whole, "w", format=tarfile.GNU_FORMAT) as tar:
         for path in sorted(files, key=lambda p: p.name):
             info = tarfile.TarInfo(path.name)
             info.size = path.stat().st_size
@@ -275,9 +301,7 @@ def pack(files: Sequence[Path], out: Path, part_bytes: int) -> tuple[str, list[d
             digest.update(chunk)
             part = out / f"kit.tar.{len(parts):03d}"
             part.write_bytes(chunk)
-            parts.append(
-                {"file": part.name, "bytes": len(chunk), "sha256": hashlib.sha256(chunk).hexdigest()}
-            )
+            parts.append({"file": part.name, "bytes": len(chunk), "sha256": hashlib.sha256(chunk).hexdigest()})
     whole.unlink()
     return digest.hexdigest(), parts
 
@@ -287,7 +311,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the kit")
     parser.add_argument("--work", type=Path, help="folder of downloaded wheels (default: OUT/../kit-work)")
     parser.add_argument("--arch", choices=ARCHITECTURES, default="sm90", help="sm90: H100, H200; sm100: all others")
-    parser.add_argument("--image", type=Path, default=IMAGE, help="packages of the target, as `pip list --format freeze`")
+    parser.add_argument(
+        "--image", type=Path, default=IMAGE, help="packages of the target, as `pip list --format freeze`"
+    )
     parser.add_argument("--part-mib", type=int, default=PART_MIB, help="largest part")
     options = parser.parse_args(argv)
     out = options.out.resolve()

@@ -59,7 +59,9 @@ def stub_driver(library: Path, folder: Path) -> Path:
     source = folder / "driver.c"
     source.write_text(
         "#include <stdio.h>\n#include <stdlib.h>\n"
-        + "".join(f'int {n}(void) {{ fprintf(stderr, "first call of the driver: {n}\\n"); _Exit(70); }}\n' for n in names)
+        + "".join(
+            f'int {n}(void) {{ fprintf(stderr, "first call of the driver: {n}\\n"); _Exit(70); }}\n' for n in names
+        )
     )
     target = folder / "libcuda.so.1"
     subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", target, source], check=True)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Installs a kit of wheels (``build_kit.py``) on a machine without a registry, and runs the GPU suite.
 
-    python3 install_kit.py --target /opt/pmkvq                                  join, check, install, check the imports
-    python3 install_kit.py --target /opt/pmkvq --suite --out /tmp/out           the same, then the suite
-    python3 install_kit.py --target /opt/pmkvq --without-gpu                    check the imports on a machine without one
+    python3 install_kit.py --target /opt/pmkvq                          join, check, install, check the imports
+    python3 install_kit.py --target /opt/pmkvq --suite --out /tmp/out   the same, then the suite
+    python3 install_kit.py --target /opt/pmkvq --without-gpu            check the imports on a machine without a GPU
 
 Needs the Python and the packages of the image, and pip; nothing else, and no network. What follows ``--suite`` goes to
 ``benchmarks.gpu.suite``. Steps that are done are not done again. Exits with 3 if parts of the kit are missing.
@@ -128,7 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--kit", type=Path, nargs="+", default=[Path(__file__).resolve().parent], help="folders with kit.json and parts"
     )
     parser.add_argument("--target", type=Path, required=True, help="folder to install into")
-    parser.add_argument("--without-gpu", action="store_true", help="check the imports as far as the driver's first call")
+    parser.add_argument(
+        "--without-gpu", action="store_true", help="check the imports as far as the driver's first call"
+    )
     parser.add_argument("--suite", nargs=argparse.REMAINDER, help="run benchmarks.gpu.suite with what follows")
     options = parser.parse_args(argv)
     manifest = next((f / "kit.json" for f in options.kit if (f / "kit.json").is_file()), None)
@@ -137,7 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     kit = json.loads(manifest.read_text())
     version = ".".join(map(str, sys.version_info[:2]))
     if version != kit["python"]:
-        raise fail(f"the kit is for Python {kit['python']}, this is {version}: run it with the image's python{kit['python']}")
+        raise fail(
+            f"the kit is for Python {kit['python']}, this is {version}: run it with the image's python{kit['python']}"
+        )
     target = options.target.resolve()
     folder, site, source = target / "wheels", target / "site", target / "source"
     target.mkdir(parents=True, exist_ok=True)

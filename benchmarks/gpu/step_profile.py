@@ -44,7 +44,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     ("copies", r"^Memcpy|^Memset|aten::(copy_|fill_|zero_)"),
 )
 
-# (name, system, pool bytes, requests, prompt tokens). At 16 bits 4 GiB hold the prompts and little more; 16 GiB hold all.
+# (name, system, pool bytes, requests, prompt tokens). At 16 bits 4 GiB hold the prompts and little more, 16 GiB all.
 CASES = (
     ("ours, shrinking", "age-4", 4 * GIB, 64, 1024),
     ("ours, nothing shrunk", "age-4", 16 * GIB, 64, 1024),
@@ -124,7 +124,9 @@ def shares(trace: dict[str, Any], steps: int, top: int = 12) -> dict[str, Any]:
         "step_ms": round(wall / steps / 1e3, 4),
         "ms_per_step": {c: round(t / steps / 1e3, 4) for c, t in sorted(by_category.items(), key=lambda i: -i[1])},
         "share": {c: round(t / wall, 4) for c, t in sorted(by_category.items(), key=lambda i: -i[1])},
-        "longest": [{"name": n[:120], "category": category(n), "ms_per_step": round(t / steps / 1e3, 4)} for n, t in ranked],
+        "longest": [
+            {"name": n[:120], "category": category(n), "ms_per_step": round(t / steps / 1e3, 4)} for n, t in ranked
+        ],
     }
 
 

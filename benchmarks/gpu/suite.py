@@ -55,7 +55,9 @@ def kernel_cells(context: Context, results: Results) -> Iterator[Cell]:
             lines = log.read_text().splitlines()
             values["lines"] = sum(line.startswith("{") for line in lines)
             if status:
-                raise CheckFailed("; ".join(line for line in lines if line.startswith("FAILED")) or "\n".join(lines[-5:]))
+                raise CheckFailed(
+                    "; ".join(line for line in lines if line.startswith("FAILED")) or "\n".join(lines[-5:])
+                )
 
         yield Cell({"table": part}, run, needs_s=20.0)
 
@@ -110,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU with tiny shapes: checks, no figures")
     options = parser.parse_args(argv)
     if options.limit_s <= MARGIN_S:
-        parser.error(f"--limit-s {options.limit_s:g}: expected more than the {MARGIN_S:g} s that ending a server may take")
+        parser.error(
+            f"--limit-s {options.limit_s:g}: expected more than the {MARGIN_S:g} s that ending a server may take"
+        )
     import torch
 
     if not options.dry_run and not torch.cuda.is_available():

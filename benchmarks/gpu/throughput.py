@@ -3,7 +3,7 @@
 A cell is one server and the workloads that it gets, in turn. Systems take turns within a plan; a second round goes
 through them backwards. Figures of a workload:
 
-* the client's (``benchmarks.serve``), if all its requests ended within ``--seconds``: they are whole, or there are none;
+* the client's (``benchmarks.serve``), if all its requests ended within ``--seconds``; else there are none;
 * the server's, from its decode log, over the lines in which requests were waiting (``saturated``) and over all: tokens
   per second, running requests, milliseconds per decode step, KV bytes that attention read per second.
 """
@@ -100,9 +100,7 @@ PLANS = (
     Plan("r1-distill-qwen-7b", 8 * GIB, SWEEP, MAIN),
     Plan("r1-distill-llama-8b", 24 * GIB, LONG_COT, MAIN),
 )
-DRY_PLANS = (
-    Plan("tiny", 1 << 20, (Workload(16, 120, 20), Workload(64, 8, 2)), tuple(SYSTEMS)),
-)
+DRY_PLANS = (Plan("tiny", 1 << 20, (Workload(16, 120, 20), Workload(64, 8, 2)), tuple(SYSTEMS)),)
 
 
 def server_args(context: Context, system: System, plan: Plan, tokenizer: str) -> list[str]:
@@ -149,9 +147,7 @@ def decode_lines(log: str, stock_bits: float = 16.0) -> list[DecodeLine]:
     out = []
     for running, tokens, bits, tok_s, queued in LINE.findall(log):
         if int(running) and float(tok_s):
-            out.append(
-                DecodeLine(int(running), int(tokens), float(bits or stock_bits), float(tok_s), int(queued))
-            )
+            out.append(DecodeLine(int(running), int(tokens), float(bits or stock_bits), float(tok_s), int(queued)))
     return out
 
 
@@ -187,10 +183,9 @@ def run_workload(context: Context, server: Server, method: Method, plan: Plan, w
     server.mark()
     try:
         with context.clock.limit(context.options.seconds):
-            figures, _ = client.measure(
-                server, method, model, tokenizer, profile, work.requests, work.requests, context.options.seed
-            )
-        row["client"] = figures
+            count, seed = work.requests, context.options.seed
+            out = client.run_client(server.url, tokenizer, profile, count, count, seed)
+        row["client"] = client.client_figures(out, profile.output_lengths(count, seed))
     except TimeUp:
         if context.clock.left() <= 0:
             raise
@@ -256,8 +251,8 @@ def cells(context: Context) -> Iterator[Cell]:
 def table(rows: Sequence[Row]) -> str:
     """Markdown: each workload of each server, and its saturated tokens per second against stock's of the same round."""
     lines = [
-        "| model | KV GiB | workload | system | tok/s, requests waiting | x stock | client tok/s | TTFT ms p50 | step ms "
-        "| running mean, peak | retractions | eff. bits | KV GB/s | shrink s |",
+        "| model | KV GiB | workload | system | tok/s, requests waiting | x stock | client tok/s | TTFT ms p50 "
+        "| step ms | running mean, peak | retractions | eff. bits | KV GB/s | shrink s |",
         "|" + "---|" * 14,
     ]
 

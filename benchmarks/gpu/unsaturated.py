@@ -46,7 +46,9 @@ def cells(context: Context) -> Iterator[Cell]:
             kind: dict[str, Any] = {"device": context.device}
             with (
                 serve(model, flags(ours), log_path=context.log("unsaturated", name, "ours"), **kind) as a,
-                serve(model, flags(stock), quant=False, log_path=context.log("unsaturated", name, "stock"), **kind) as b,
+                serve(
+                    model, flags(stock), quant=False, log_path=context.log("unsaturated", name, "stock"), **kind
+                ) as b,
             ):
                 values["server"], values["stock_server"] = command_of(a), command_of(b)
                 for server in (a, b):
