@@ -201,7 +201,7 @@ def test_steps_that_are_done_are_not_done_again(tmp_path: Path) -> None:
 
 def closure() -> set[str]:
     """Names that the installed SGLang and what it requires ask for, as on the target."""
-    found, left = set(), [Requirement("sglang")]
+    found, left = set(), [Requirement(name) for name in ("sglang", *build_kit.IMPORTED)]
     while left:
         requirement = left.pop()
         name = canonicalize_name(requirement.name)

@@ -58,6 +58,9 @@ KERNELS = "sglang-kernel"
 # Of that wheel: FlashAttention-3, FlashMLA, and the operators of the other architectures.
 KERNELS_LEFT_OUT = re.compile(r"sgl_kernel/(flash_ops|flashmla_ops)\.|sgl_kernel/sm\d+/")
 
+# What SGLang imports without requiring it; it comes with packages that are left out.
+IMPORTED = ("jsonschema",)
+
 # What SGLang or FlashInfer require and a dense model on one GPU never imports, each with why. Found by importing the
 # server's modules in an empty environment (`benchmarks.gpu.imports`) until nothing was missing.
 LEFT_OUT = {
@@ -156,8 +159,10 @@ def download(names: dict[str, str], folder: Path) -> None:
         raise SystemExit(f"build_kit: no wheel for Python {PYTHON} on Linux x86-64 among: {', '.join(sorted(names))}")
 
 
-def collect(roots: Sequence[Path], folder: Path, lock: dict[str, str], image: dict[str, str]) -> dict[str, Path]:
-    """Download everything that the wheels `roots` need and the image lacks, level by level.
+def collect(
+    roots: Sequence[Path], folder: Path, lock: dict[str, str], image: dict[str, str], also: Sequence[str] = ()
+) -> dict[str, Path]:
+    """Download everything that the wheels `roots` and the packages `also` need and the image lacks, level by level.
 
     Returns:
         Wheel by canonical name, without the roots.
@@ -166,7 +171,7 @@ def collect(roots: Sequence[Path], folder: Path, lock: dict[str, str], image: di
         SystemExit: a package is not pinned in the lock file, or has no wheel.
     """
     found: dict[str, Path] = {}
-    level = [requirement for root in roots for requirement in requirements(root)]
+    level = [requirement for root in roots for requirement in requirements(root)] + [Requirement(n) for n in also]
     seen: set[str] = set()
     while level:
         wanted: dict[str, str] = {}
@@ -329,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commit = source_archive(source)
 
     step(f"2/4 wheels for Python {PYTHON}; the image has {len(image)} packages, {len(LEFT_OUT)} are left out")
-    found = collect([project], wheels, lock, image)
+    found = collect([project], wheels, lock, image, IMPORTED)
 
     step(f"3/4 {KERNELS} for {options.arch}")
     full = found[KERNELS]
