@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -247,3 +249,38 @@ def test_the_page_names_everything_that_is_left_out() -> None:
 
 def test_the_plugin_is_found_by_its_entry_point() -> None:
     assert imports.entry_point_found() is None
+
+
+def python_312() -> str | None:
+    for name in ("python3.12", *map(str, Path.home().glob(".pyenv/versions/3.12.*/bin/python"))):
+        path = shutil.which(name)
+        check = "import sys, pip; sys.exit(sys.version_info[:2] != (3, 12))"
+        if path and not subprocess.run([path, "-c", check], capture_output=True).returncode:
+            return path
+    return None
+
+
+@pytest.mark.full
+def test_the_kit_builds_fits_and_installs_offline(tmp_path: Path) -> None:
+    """With real wheels, into a Python 3.12 that has nothing else: all but what needs the image's torch."""
+    command = [sys.executable, "-m", "benchmarks.gpu.build_kit", "--out", str(tmp_path / "kit")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kit = json.loads((tmp_path / "kit" / "kit.json").read_text())
+    sizes = [(tmp_path / "kit" / part["file"]).stat().st_size for part in kit["parts"]]
+    assert sizes and max(sizes) <= build_kit.PART_MIB << 20
+    names = {canonicalize_name(wheel["file"].split("-")[0]) for wheel in kit["wheels"]}
+    assert {"sglang", "sglang-pmkvq", "sglang-kernel", "flashinfer-python", "transformers"} <= names
+    assert not names & {"torch", "triton", *build_kit.LEFT_OUT}
+    python = python_312()
+    if python is None:
+        pytest.skip("no Python 3.12 with pip to install into")
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    command = [python, str(tmp_path / "kit" / "install_kit.py"), "--target", str(tmp_path / "target"), "--without-gpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    installed = {
+        canonicalize_name(d.metadata["Name"]) for d in metadata.distributions(path=[str(tmp_path / "target/site")])
+    }
+    assert installed == names, done.stdout + done.stderr
+    assert (tmp_path / "target" / "source" / "benchmarks" / "gpu" / "suite.py").exists()
+    assert "entry point of the plugin" in done.stdout or "No module named 'torch'" in done.stdout + done.stderr

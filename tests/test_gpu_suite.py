@@ -349,10 +349,8 @@ def test_dry_run_of_the_throughput_of_one_server(tmp_path: Path) -> None:
     saturated, few = row["rows"]
     assert saturated["client"]["output_tokens"] == 20 * 120 and few["client"]["output_tokens"] == 2 * 8
     assert saturated["saturated"] is not None and few["saturated"] is None
-    assert row["kv_bytes"] <= 1 << 20 and sum(saturated["pool"]["shrinks"].values()) > 0
+    assert row["kv_bytes"] <= 448 << 10 and sum(saturated["pool"]["shrinks"].values()) > 0
     assert "--load-format dummy" in row["server"] and "age-4" in (tmp_path / "throughput.md").read_text()
-    # Done is done.
-    assert "age-4:" not in dry_run(tmp_path, "--parts", "3", "--only", "age-4").stdout
 
 
 @pytest.mark.full

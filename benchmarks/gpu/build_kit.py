@@ -20,6 +20,7 @@ import base64
 import csv
 import hashlib
 import io
+import math
 import re
 import shutil
 import subprocess
@@ -264,20 +265,6 @@ def trim_kernels(wheel: Path, folder: Path, arch: str) -> Path:
     return target
 
 
-def project_wheel(folder: Path) -> Path:
-    """This project's wheel, built from the working tree."""
-    build = folder / "project"
-    shutil.rmtree(build, ignore_errors=True)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(build), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    # setuptools leaves its working folder beside the sources.
-    shutil.rmtree(ROOT / "build", ignore_errors=True)
-    if done.returncode:
-        raise SystemExit(f"build_kit: the project's wheel did not build\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    (wheel,) = build.glob("*.whl")
-    return wheel
-
-
 def source_archive(path: Path) -> str:
     """The committed files of this repository as ``path`` (a tar); returns the commit."""
 
@@ -285,12 +272,34 @@ def source_archive(path: Path) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
     git("archive", "--format=tar.gz", "--output", str(path), "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "HEAD") + (" and uncommitted changes, which the kit lacks" if changed else "")
+    if git("status", "--porcelain", "--untracked-files=no"):
+        step("there are uncommitted changes, which the kit lacks")
+    return git("rev-parse", "HEAD")
+
+
+def project_wheel(source: Path, folder: Path) -> Path:
+    """This project's wheel, built from the archive `source` in `folder`.
+
+    Raises:
+        SystemExit: it did not build.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    with tarfile.open(source) as tar:
+        tar.extractall(folder / "source", filter="data")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(folder)]
+    done = subprocess.run([*command, str(folder / "source")], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"build_kit: the project's wheel did not build\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
 
 
 def pack(files: Sequence[Path], out: Path, part_bytes: int) -> tuple[str, list[dict[str, Any]]]:
-    """One tar of `files`, the same for the same files, cut into parts ``kit.tar.000``, …; (its SHA-256, parts)."""
+    """One tar of `files`, the same for the same files, cut into as few equal parts as fit: ``kit.tar.000``, …
+
+    Returns:
+        Its SHA-256, and name, bytes and SHA-256 of each part.
+    """
     whole = out / "kit.tar"
     with tarfile.open(whole, "w", format=tarfile.GNU_FORMAT) as tar:
         for path in sorted(files, key=lambda p: p.name):
@@ -300,6 +309,8 @@ def pack(files: Sequence[Path], out: Path, part_bytes: int) -> tuple[str, list[d
                 tar.addfile(info, file)
     for old in out.glob("kit.tar.[0-9][0-9][0-9]"):
         old.unlink()
+    size = whole.stat().st_size
+    part_bytes = math.ceil(size / math.ceil(size / part_bytes))
     digest, parts = hashlib.sha256(), []
     with whole.open("rb") as file:
         while chunk := file.read(part_bytes):
@@ -328,10 +339,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     lock, image = pins(ROOT / "requirements.lock"), pins(options.image)
 
-    step("1/4 this project's wheel and files")
-    project = project_wheel(work)
+    step("1/4 this project's files and wheel")
     source = work / "source.tar.gz"
     commit = source_archive(source)
+    project = project_wheel(source, work / "project")
 
     step(f"2/4 wheels for Python {PYTHON}; the image has {len(image)} packages, {len(LEFT_OUT)} are left out")
     found = collect([project], wheels, lock, image, IMPORTED)

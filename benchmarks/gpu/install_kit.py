@@ -155,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "PMKVQ_COMMIT": kit["commit"]}
+    # FlashInfer calls ninja by name; the image may have it beside its Python only.
+    programs = [str(Path(sys.executable).parent), str(site / "bin"), os.environ.get("PATH", os.defpath)]
+    environment["PATH"] = os.pathsep.join(programs)
     # Servers must write compiled modules, see benchmarks/serving.py.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     step("4/4 imports")
