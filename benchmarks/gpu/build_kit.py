@@ -81,7 +81,6 @@ LEFT_OUT = {
     "nvidia-cudnn-frontend": "FlashInfer's cuDNN attention",
     "nvidia-cutlass-dsl": "365 MB; kernels in CuTe DSL, for Blackwell and mixture of experts",
     "nvidia-mathdx": "kernels of multimodal models",
-    "openai-harmony": "harmony models",
     "outlines": "grammars",
     "py-spy": "a profiler from outside",
     "quack-kernels": "kernels in CuTe DSL",
