@@ -50,11 +50,10 @@ class Run:
     @property
     def held_bytes(self) -> int:
         """16-bit bytes, in whole pages, of the first ``concurrency`` problems when their chains end."""
-        token = bytes_per_token(self.options.model)
         ends = [
             len(prompt) + (item.max_tokens or self.max_new) for item, prompt in zip(self.items, self.ids, strict=True)
         ]
-        return sum(math.ceil(end / PAGE) * PAGE for end in ends[: self.concurrency]) * token
+        return methods.held_bytes(self.options.model, ends[: self.concurrency])
 
     def enough_bytes(self) -> int:
         """16-bit bytes that never run short, whatever runs together."""
@@ -100,28 +99,6 @@ def load(options: argparse.Namespace) -> Run:
     ]
     longest = max(item.max_tokens or 0 for item in items)
     return Run(options, items, ids, options.max_new_tokens or (longest + 64 if longest else 16384))
-
-
-def pools(run: Run) -> list[int]:
-    """Bytes of each group of rows.
-
-    Raises:
-        ValueError: neither ``--share`` nor ``--pool-bytes``, or a size that is none.
-    """
-    from sglang_pmkvq.config import parse_size
-
-    o = run.options
-    if bool(o.share) == bool(o.pool_bytes):
-        raise ValueError("give either --share (of the 16-bit bytes of the running problems) or --pool-bytes")
-    if o.pool_bytes:
-        return [parse_size(size) for size in o.pool_bytes.split(",")]
-    try:
-        shares = [float(s) for s in o.share.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--share {o.share}: expected numbers such as 0.22,0.35") from error
-    if not all(0 < s <= 4 for s in shares):
-        raise ValueError(f"--share {o.share}: expected numbers between 0 and 4")
-    return [int(run.held_bytes * share) for share in shares]
 
 
 def measure(run: Run, method: Method, pool: int, sample: int) -> dict[str, Any]:
@@ -289,8 +266,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=0, help="default: what the task needs, 16384 for files")
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--chunk", type=int, default=512, help="--chunked-prefill-size of every server")
-    parser.add_argument("--share", default="", help="pool as a share of 16-bit bytes, several with commas")
-    parser.add_argument("--pool-bytes", default="", help="pool of every method, such as 8GiB, several with commas")
+    methods.size_arguments(parser)
     parser.add_argument("--baseline", help="method that the others are compared with in the table")
     return parser.parse_args(argv)
 
@@ -300,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = methods.methods(options.methods)
         run = load(options)
-        rows = plan(run, chosen, pools(run))
+        rows = plan(run, chosen, methods.pool_sizes(options, run.held_bytes))
         drop = ("share", "pool_bytes", "problems", "samples", "baseline")
         results = Results(options.out, "accuracy", methods.config(options, drop=drop), argv)
     except (OSError, ValueError) as error:

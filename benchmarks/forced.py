@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.reasoner.evaluate import prompt_tokens
+from benchmarks.reasoner.evaluate import mixed_attention, prompt_tokens
 from benchmarks.reasoner.model import Llama
 from benchmarks.reasoner.task import Problem
 from sglang_pmkvq.formats import TIERS
@@ -64,11 +64,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, widths: Widths, layer: int, dist
     scale = None if widths.key_scale is None or k_bits == 16 else widths.key_scale[layer, :, None]
     k_low = fake_quantize(k, k_bits, widths.group_size, scale)
     v_low = fake_quantize(v, v_bits, widths.group_size)
-    share = q.shape[0] // k.shape[0]
-    k, v, k_low, v_low = (t.repeat_interleave(share, 0) for t in (k, v, k_low, v_low))
-    scores = torch.where(exact, q @ k.transpose(-1, -2), q @ k_low.transpose(-1, -2)) / math.sqrt(q.shape[-1])
-    p = scores.masked_fill_(distance < 0, -math.inf).softmax(-1)
-    return (p * exact) @ v + (p * ~exact) @ v_low
+    return mixed_attention(q, k, v, k_low, v_low, ~exact, ~exact, distance < 0)
 
 
 @dataclass(frozen=True)

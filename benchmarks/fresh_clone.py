@@ -81,11 +81,11 @@ def run_serve(clone: Path, env: dict[str, str]) -> dict[str, Any]:
         server.wait(90)
 
 
-def run_suite(clone: Path, env: dict[str, str]) -> dict[str, Any]:
-    """``make test``: exit status, seconds, and pytest's own counts."""
+def run_suite(clone: Path, env: dict[str, str], log: Path) -> dict[str, Any]:
+    """``make test``: exit status, seconds, and pytest's own counts; what it printed goes to ``log``."""
     start = time.monotonic()
     done = subprocess.run(["make", "test"], cwd=clone, env=env, capture_output=True, text=True, check=False)
-    (clone / "test.log").write_text(done.stdout + done.stderr)
+    log.write_text(done.stdout + done.stderr)
     counts = re.findall(r"(\d+) (passed|failed|skipped|deselected|error)", done.stdout.rstrip().rsplit("\n", 1)[-1])
     return {"status": done.returncode, "test_s": round(time.monotonic() - start, 1), **{k: int(n) for n, k in counts}}
 
@@ -110,8 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             result["serve"] = run_serve(clone, env)
             print(json.dumps(result["serve"]), flush=True)
         if options.only != "serve":
-            result["test"] = run_suite(clone, env)
-            print(json.dumps(result["test"]), flush=True)
+            log = (options.out or options.folder or Path(tempfile.gettempdir()) / "pmkvq-fresh").with_suffix(".log")
+            result["test"] = run_suite(clone, env, log)
+            print(json.dumps(result["test"]), f"log: {log}", flush=True)
     write(result, options.out)
     return 0
 

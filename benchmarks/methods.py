@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,13 +107,18 @@ def bytes_per_token(model: Path) -> int:
     return 2 * 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * head_dim
 
 
-def methods(text: str) -> list[Method]:
-    """Methods of a comma- or space-separated list, each once.
+def held_bytes(model: Path, lengths: Iterable[int]) -> int:
+    """16-bit KV bytes of sequences of so many tokens, in whole pages."""
+    return sum(math.ceil(n / PAGE) * PAGE for n in lengths) * bytes_per_token(model)
+
+
+def names(text: str) -> list[str]:
+    """Names of a comma- or space-separated list, each once.
 
     A comma inside widths per layer (``0-2:8,3-5:k4v2``) belongs to the widths.
 
     Raises:
-        ValueError: one is unknown.
+        ValueError: there are none.
     """
     parts: list[str] = []
     for part in text.replace(" ", ",").split(","):
@@ -122,18 +128,56 @@ def methods(text: str) -> list[Method]:
             parts.append(part)
     if not parts:
         raise ValueError("--methods is empty; expected names such as stock,age-2,static-2")
-    return [Method.parse(name) for name in dict.fromkeys(parts)]
+    return list(dict.fromkeys(parts))
 
 
-def arguments(parser: argparse.ArgumentParser, default: str, out: str) -> None:
-    """Add the options that all server benchmarks share."""
+def methods(text: str) -> list[Method]:
+    """Methods of such a list.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    return [Method.parse(name) for name in names(text)]
+
+
+def arguments(parser: argparse.ArgumentParser, default: str, out: str, *, servers: bool = True) -> None:
+    """Add the options that all benchmarks share; without ``servers`` only those that need none."""
     from benchmarks.serving import REASONER
 
     parser.add_argument("--model", type=Path, default=REASONER, help="model folder (default: the bundled reasoner)")
-    parser.add_argument("--methods", default=default, help="default %(default)s; see benchmarks/methods.py")
-    parser.add_argument("--seed", type=int, default=0)
+    listed = "; see benchmarks/methods.py" if servers else ""
+    parser.add_argument("--methods", default=default, help=f"default %(default)s{listed}")
     parser.add_argument("--out", type=Path, default=Path(out), help="result file, default %(default)s; a run goes on")
-    parser.add_argument("--server-args", default="", help="further flags for every server, in one string")
+    if servers:
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--server-args", default="", help="further flags for every server, in one string")
+
+
+def size_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the two ways to say how many bytes there are."""
+    parser.add_argument("--share", default="", help="pool as a share of 16-bit bytes, several with commas")
+    parser.add_argument("--pool-bytes", default="", help="pool of every method, such as 8GiB, several with commas")
+
+
+def pool_sizes(options: argparse.Namespace, held_bytes: int) -> list[int]:
+    """Bytes that the options of ``size_arguments`` name; shares are of ``held_bytes``.
+
+    Raises:
+        ValueError: neither ``--share`` nor ``--pool-bytes``, both, or a size that is none.
+    """
+    from sglang_pmkvq.config import parse_size
+
+    if bool(options.share) == bool(options.pool_bytes):
+        raise ValueError("give either --share (of the 16-bit bytes of the running problems) or --pool-bytes")
+    if options.pool_bytes:
+        return [parse_size(size) for size in options.pool_bytes.split(",")]
+    try:
+        shares = [float(s) for s in options.share.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--share {options.share}: expected numbers such as 0.22,0.35") from error
+    if not all(0 < s <= 4 for s in shares):
+        raise ValueError(f"--share {options.share}: expected numbers between 0 and 4")
+    return [int(held_bytes * share) for share in shares]
 
 
 def config(options: argparse.Namespace, *, drop: Sequence[str] = ()) -> dict[str, Any]:

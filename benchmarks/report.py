@@ -20,12 +20,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import accuracy
+from benchmarks import accuracy, kld, offline, prefix, serve
+from benchmarks.programs import __main__ as programs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Result = dict[str, Any]
+# File name without ending, what it shows, figure.
+Picture = tuple[str, str, "Figure"]
 
 # Okabe and Ito, "Color Universal Design" (2008), without yellow, which is too light for lines.
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -39,22 +42,21 @@ class Section:
     Attributes:
         title: heading.
         text: Markdown paragraphs and tables.
-        pictures: (file name without ending, what it shows, figure).
     """
 
     title: str
     text: str
-    pictures: list[tuple[str, str, Figure]] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How result files of one benchmark are shown."""
+    """How result files of one benchmark are shown; pictures may use the results of the others in the folder."""
 
     title: str
     text: str
     table: Callable[[Result], str]
-    pictures: Callable[[str, Result], list[tuple[str, str, Figure]]]
+    pictures: Callable[[str, Result, dict[str, Result]], list[Picture]]
 
 
 def new_figure(width: float = 8.0, height: float = 4.2, columns: int = 1, **axes: Any) -> tuple[Figure, Any]:
@@ -80,40 +82,133 @@ def family(method: str) -> str:
     return method if method in ("16bit", "stock", "stock-fp8") else method.partition("-")[0]
 
 
-def _frontier(stem: str, result: Result) -> list[tuple[str, str, Figure]]:
-    """Accuracy over bits: of the bytes at their peak, and of the mean over the run."""
+@dataclass(frozen=True)
+class Point:
+    """A method's accuracy (%), its 95 % interval, and its bits: of the peak of all bytes, and the mean."""
+
+    family: str
+    accuracy: float
+    interval: tuple[float, float]
+    peak_bits: float
+    mean_bits: float
+
+
+def _served(result: Result) -> list[Point]:
     found = accuracy.groups(result)
-    full = [rows for (name, _, _), rows in found.items() if name == "16bit"]
-    if not full:
-        return []
-    peak16 = full[0][0]["used_bytes_peak"]
-    figure, (left, right) = new_figure(9.5, 4.4, 2, sharey=True)
-    series: dict[str, list[tuple[str, float, float, float, tuple[float, float]]]] = {}
-    for (name, _, _), rows in found.items():
-        value = 100 * float(accuracy.correctness(rows).mean())
+    full = [rows[0] for (name, _, _), rows in found.items() if name == "16bit"]
+    points = []
+    for (name, _, _), rows in found.items() if full else ():
         low, high = accuracy.interval(rows)
-        peak = 16 * max(row["used_bytes_peak"] for row in rows) / peak16
+        peak = 16 * max(row["used_bytes_peak"] for row in rows) / full[0]["used_bytes_peak"]
         mean = sum(row["effective_bits_avg"] for row in rows) / len(rows)
-        series.setdefault(family(name), []).append((name, peak, mean, value, (100 * low, 100 * high)))
-    for index, (label, points) in enumerate(series.items()):
-        for axis, place in ((left, 1), (right, 2)):
-            x = [p[place] for p in points]
-            y = [p[3] for p in points]
-            spread = [[p[3] - p[4][0] for p in points], [p[4][1] - p[3] for p in points]]
+        value = 100 * float(accuracy.correctness(rows).mean())
+        points.append(Point(family(name), value, (100 * low, 100 * high), peak, mean))
+    return points
+
+
+def _offline(result: Result) -> list[Point]:
+    """KIVI only: the other offline rows repeat what servers measured."""
+    rows = [row for row in result["rows"] if "missing" not in row]
+    full = [row for row in rows if row["key"]["method"] == "16bit"]
+    points = []
+    for row in rows if full else ():
+        if row["key"]["method"].startswith("kivi"):
+            low, high = row["confidence95"]
+            peak = 16 * row["used_bytes_peak"] / full[0]["used_bytes_peak"]
+            interval = (100 * low, 100 * high)
+            points.append(Point("KIVI, offline", 100 * row["accuracy"], interval, peak, row["effective_bits_avg"]))
+    return points
+
+
+def _frontier(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]:
+    """Accuracy over bits: of the bytes at their peak, and of the mean over the run."""
+    points = _served(result)
+    if not points:
+        return []
+    points += _offline(others["offline"]) if "offline" in others else []
+    figure, (left, right) = new_figure(9.5, 4.4, 2, sharey=True)
+    for index, label in enumerate(dict.fromkeys(p.family for p in points)):
+        own = [p for p in points if p.family == label]
+        y = [p.accuracy for p in own]
+        spread = [[p.accuracy - p.interval[0] for p in own], [p.interval[1] - p.accuracy for p in own]]
+        for axis, x in ((left, [p.peak_bits for p in own]), (right, [p.mean_bits for p in own])):
             axis.errorbar(x, y, spread, linestyle="none", elinewidth=1, capsize=2, label=label, **style(index))
-    for axis, what in ((left, "peak bytes, as bits (16 = the 16-bit server's peak)"), (right, "effective bits, mean")):
+    for axis, what in ((left, "peak bytes, as bits (16 = the 16-bit cache's peak)"), (right, "effective bits, mean")):
         axis.set_xscale("log", base=2)
         axis.set_xlim(1.8, 18)
         axis.set_xticks([2, 4, 8, 16], labels=["2", "4", "8", "16"])
         axis.minorticks_off()
         axis.set_xlabel(what)
     left.set_ylabel("right answers (%), 95 % interval")
-    left.set_ylim(bottom=0)
+    left.set_ylim(0, 102)
     right.legend(frameon=False, fontsize=9, loc="lower right")
     return [(f"{stem}_frontier", "Right answers over the bits of the cache, at its peak and on average", figure)]
 
 
-def _none(stem: str, result: Result) -> list[tuple[str, str, Figure]]:
+def _divergence(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]:
+    """Mean KL over context length, one line per row."""
+    figure, axis = new_figure()
+    rows = [row for row in result["rows"] if "missing" not in row]
+    pools = {row["key"]["pool_bytes"] for row in rows if row["key"]["pool_bytes"]}
+    for index, row in enumerate(rows):
+        name, pool = row["key"]["method"], row["key"]["pool_bytes"]
+        label = f"{name}, {pool / 2**20:.0f} MiB" if pool and len(pools) > 1 else name
+        label = "16 bits again (control)" if name == "16bit" else label
+        x = [(point["context_from"] + point["context_to"]) / 2 for point in row["curve"]]
+        # Zero cannot stand on a logarithmic axis; it is drawn at the bottom.
+        y = [max(point["kl_mean"], 1e-10) for point in row["curve"]]
+        axis.plot(x, y, linewidth=1.6, markersize=5, label=label, **style(index))
+    axis.set_yscale("log")
+    axis.set_xlabel("context (tokens)")
+    axis.set_ylabel("mean KL divergence from 16 bits (nats)")
+    axis.legend(frameon=False, fontsize=9, ncols=2)
+    return [(f"{stem}_length", "Divergence from 16 bits over context length", figure)]
+
+
+def _throughput(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]:
+    """Output tokens per second over concurrency, a panel per profile."""
+    entries = serve.summary(result)
+    profiles = list(dict.fromkeys(entry["profile"] for entry in entries))
+    names = list(dict.fromkeys(entry["method"] for entry in entries))
+    if not entries:
+        return []
+    figure, axes = new_figure(4.6 * len(profiles), 4.0, len(profiles), sharex=True)
+    axes = [axes] if len(profiles) == 1 else list(axes)
+    for axis, profile in zip(axes, profiles, strict=True):
+        for index, name in enumerate(names):
+            own = sorted(
+                (e["concurrency"], e["output_tok_s"]) for e in entries if (e["profile"], e["method"]) == (profile, name)
+            )
+            axis.plot(*zip(*own, strict=True), linewidth=1.6, markersize=5, label=name, **style(index))
+        axis.set_xscale("log", base=2)
+        ticks = sorted({e["concurrency"] for e in entries})
+        axis.set_xticks(ticks, labels=list(map(str, ticks)))
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.set_title(profile, loc="left", fontsize=11)
+        axis.set_xlabel("requests at a time")
+    axes[0].set_ylabel("output tokens per second")
+    axes[0].legend(frameon=False, fontsize=9)
+    return [(f"{stem}_throughput", "Throughput over concurrency, all in the same KV bytes", figure)]
+
+
+def _hits(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]:
+    """Hit rate over the trace, seeds averaged."""
+    rows = [row for row in result["rows"] if "missing" not in row]
+    figure, axis = new_figure(7.0, 3.8)
+    for index, name in enumerate(dict.fromkeys(row["key"]["method"] for row in rows)):
+        parts = [row["hit_rate_by_part"] for row in rows if row["key"]["method"] == name]
+        y = [100 * sum(part) / len(part) for part in zip(*parts, strict=True)]
+        axis.plot(range(1, len(y) + 1), y, linewidth=1.6, markersize=5, label=name, **style(index))
+        axis.set_xticks(range(1, len(y) + 1))
+    axis.set_ylim(0, 100)
+    axis.set_xlabel("part of the trace")
+    axis.set_ylabel("prompt tokens found in the cache (%)")
+    axis.legend(frameon=False, fontsize=9)
+    return [(f"{stem}_hits", "What the prefix cache keeps", figure)]
+
+
+def _none(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]:
     return []
 
 
@@ -126,6 +221,41 @@ KINDS: dict[str, Kind] = {
         lambda result: accuracy.table(result, _baseline(result)),
         _frontier,
     ),
+    "offline": Kind(
+        "KIVI, offline",
+        "Greedy decoding in plain PyTorch over a cache that is quantized as each method does; all bytes counted. "
+        "`16bit` and `static` stand here to compare this harness with the servers. KIVI-n: keys per channel in groups "
+        "of 32 tokens, values per token in groups of 32 channels, 128 recent tokens at 16 bits; with a size, the "
+        "recent part is as long as the bytes allow.",
+        offline.table,
+        _none,
+    ),
+    "kld": Kind(
+        "Divergence from 16 bits over context length",
+        "KL(16 bits ‖ method) in nats on identical tokens, each fed through the decode path of a real server.",
+        kld.table,
+        _divergence,
+    ),
+    "serve": Kind(
+        "Throughput and latency at equal bytes",
+        "SGLang's own client; the servers of all methods up at the same time, measured in turn. Ratios are made within "
+        "one repeat: median (lowest to highest).",
+        serve.table,
+        _throughput,
+    ),
+    "prefix": Kind(
+        "Prefix cache at equal bytes",
+        "Contexts that come back with a new question. *Cold hits* found their prefix at less than 16 bits.",
+        prefix.table,
+        _hits,
+    ),
+    "programs": Kind(
+        "Programs in SGLang's frontend language",
+        "`sgl.function` programs that fork and join. *Bits* are of the shared prefix's cached pages when the program "
+        "ends.",
+        programs.table,
+        _none,
+    ),
 }
 
 
@@ -136,7 +266,7 @@ def _baseline(result: Result) -> str | None:
     return static[0] if static else None
 
 
-def result_section(path: Path, result: Result) -> Section:
+def result_section(path: Path, result: Result, others: dict[str, Result]) -> Section:
     """A result file with its commands and versions, its table and pictures."""
     kind = KINDS[result["benchmark"]]
     commands = list(dict.fromkeys(row["command"] for row in result["rows"]))
@@ -145,7 +275,7 @@ def result_section(path: Path, result: Result) -> Section:
     about = [f"`{command}`" for command in commands]
     about.append(f"({path.name}; {versions}; commit {commits})")
     text = "\n\n".join([kind.text, "  \n".join(about), kind.table(result)])
-    return Section(kind.title, text, kind.pictures(path.stem, result))
+    return Section(kind.title, text, kind.pictures(path.stem, result, others))
 
 
 def timeline_section(path: Path) -> Section:
@@ -187,9 +317,10 @@ def sections(folder: Path) -> list[Section]:
         kind = result.get("benchmark") if isinstance(result, dict) else None
         if kind in KINDS and result["rows"]:
             found.append((list(KINDS).index(kind), path, result))
+    others = {result["benchmark"]: result for _, _, result in found}
     for _, path, result in sorted(found, key=lambda entry: entry[:2]):
         seen.add(result["benchmark"])
-        out.append(result_section(path, result))
+        out.append(result_section(path, result, others))
     out += [timeline_section(path) for path in sorted(folder.glob("*timeline*.jsonl"))]
     out += [calibration_section(path) for path in sorted(folder.glob("*.pmkvq.safetensors"))]
     if not out:

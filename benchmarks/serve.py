@@ -28,6 +28,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -41,9 +42,10 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
+from benchmarks.accuracy import reason
 from benchmarks.methods import PAGE, Method, arguments, bytes_per_token, config, methods, model_facts
 from benchmarks.result import Results
-from benchmarks.serving import Server, ServerFailed, serve
+from benchmarks.serving import Server, ServerFailed, scheduler_pid, serve
 from sglang_pmkvq.config import parse_size
 
 PROFILES = ("random", "shared-prefix", "long-cot")
@@ -87,8 +89,6 @@ class Profile:
                 *("--dataset-name", "generated-shared-prefix", "--gsp-num-groups", str(requests // QUESTIONS)),
                 *("--gsp-prompts-per-group", str(QUESTIONS), "--gsp-system-prompt-len", str(self.system)),
                 *("--gsp-question-len", str(self.prompt), "--gsp-output-len", str(self.output)),
-                # Or the prompts are kept in the home directory, by lengths and whatever the vocabulary.
-                "--gsp-send-routing-key",
             ]
         return [
             *("--dataset-name", "random-ids", "--tokenize-prompt", "--num-prompts", str(requests)),
@@ -165,15 +165,18 @@ def word_tokenizer(folder: Path, vocabulary: int) -> Path:
 
 
 def run_client(
-    url: str, tokenizer: Path, profile: Profile, concurrency: int, requests: int, seed: int
+    url: str, tokenizer: Path, home: Path, profile: Profile, concurrency: int, requests: int, seed: int
 ) -> dict[str, Any]:
     """One run of SGLang's client, with its own command line in this process; returns what it writes to its file.
+
+    Args:
+        home: where the client keeps the prompts of ``shared-prefix``. It draws them from the vocabulary in the order of
+            a hash table, which no seed fixes: all methods get the same ones only because they are kept. It keeps them
+            by their lengths, whatever the tokenizer, so a user's home directory will not do.
 
     Raises:
         RuntimeError: it gave up; the message ends with what it printed.
     """
-    from sglang.benchmark import serving as client
-
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.jsonl"
         argv = [
@@ -183,16 +186,23 @@ def run_client(
             *("--disable-tqdm", "--output-details", "--output-file", str(out)),
             *profile.client_args(requests),
         ]
-        said, own = io.StringIO(), sys.argv
-        sys.argv = argv
+        said, own = io.StringIO(), (sys.argv, os.environ.get("HOME"))
+        sys.argv, os.environ["HOME"] = argv, str(home)
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                # SGLang warns of much that a client does not need.
+                from sglang.benchmark import serving as client
+
                 client.cli_main()
             return json.loads(out.read_text())
         except (Exception, SystemExit) as error:
             raise RuntimeError(f"the client gave up: {error!r}\n{said.getvalue()[-2000:]}") from error
         finally:
-            sys.argv = own
+            sys.argv = own[0]
+            if own[1] is None:
+                del os.environ["HOME"]
+            else:
+                os.environ["HOME"] = own[1]
 
 
 def client_figures(out: dict[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
@@ -211,11 +221,12 @@ def client_figures(out: dict[str, Any], lengths: Sequence[int]) -> dict[str, Any
     wrong = [(want, got) for want, got in zip(lengths, out["output_lens"], strict=True) if want != got]
     if wrong:
         raise RuntimeError(f"{len(wrong)} answers have another length: (wanted, got) {wrong[:4]}")
-    # Without a visible token the client keeps the length that it asked for.
+    # Without a visible token the client keeps the length that it asked for, and a refusal within a stream is a success.
     unseen = sum(ttft <= 0 for ttft in out["ttfts"])
     if unseen:
         raise RuntimeError(
-            f"{unseen} answers had no visible token; give a --tokenizer that shows every id of the model"
+            f"{unseen} answers had no visible token: the server refused them (its log says why), or --tokenizer does "
+            "not show every id of the model"
         )
     return {
         "requests": len(lengths),
@@ -254,6 +265,25 @@ def watch(server: Server, seen: list[dict[str, Any]]) -> Iterator[None]:
 
 def mean(values: Sequence[float]) -> float | None:
     return round(statistics.fmean(values), 2) if values else None
+
+
+def stock_read_bytes(out: dict[str, Any], running: float | None, token_bytes: int) -> float | None:
+    """Bytes that attention reads in a mean decode step of stock: ``running`` requests with the mean context of a token.
+
+    The step that makes token i of an answer reads the prompt and i tokens more, whether they are shared or not.
+
+    Args:
+        out: what the client wrote.
+        running: mean requests in a decode batch.
+    """
+    made = [
+        (prompt, answer) for prompt, answer in zip(out["input_lens"], out["output_lens"], strict=True) if answer > 1
+    ]
+    steps = sum(answer - 1 for _, answer in made)
+    if running is None or not steps:
+        return None
+    read = sum(prompt * (answer - 1) + answer * (answer - 1) // 2 for prompt, answer in made)
+    return round(running * read / steps * token_bytes, 2)
 
 
 def compare_answers(figures: dict[str, Any], texts: Sequence[str], base: Sequence[str], exact: bool) -> None:
@@ -303,13 +333,15 @@ class Bench:
     Args:
         options: of the command line, valid.
         tokenizer: its folder.
+        home: see ``run_client``; one for the whole run.
         cuda: servers run on a GPU.
     """
 
-    def __init__(self, options: argparse.Namespace, results: Results, tokenizer: Path, cuda: bool) -> None:
+    def __init__(self, options: argparse.Namespace, results: Results, tokenizer: Path, home: Path, cuda: bool) -> None:
         self.options = options
         self.results = results
         self.tokenizer = tokenizer
+        self.home = home
         self.cuda = cuda
         self.methods = {method.name: method for method in methods(options.methods)}
         self.concurrency = positive("--concurrency", options.concurrency)
@@ -360,7 +392,7 @@ class Bench:
             except ServerFailed as error:
                 if name == group[0]:
                     raise
-                self.results.missing({"method": name}, error.reason)
+                self.results.missing({"method": name}, reason(error))
         return servers
 
     def _turn(self, servers: dict[str, Server], repeat: int, profile: Profile, concurrency: int) -> dict[str, Any]:
@@ -396,18 +428,23 @@ class Bench:
         server.flush()
         server.mark()
         before = server.pool() if method.quant else {}
+        scheduler = psutil.Process(scheduler_pid(server))
+        cpu = scheduler.cpu_times()
         seen: list[dict[str, Any]] = []
         with watch(server, seen):
-            out = run_client(server.url, self.tokenizer, profile, concurrency, requests, seed)
+            out = run_client(server.url, self.tokenizer, self.home, profile, concurrency, requests, seed)
         figures = client_figures(out, profile.output_lengths(requests, seed))
+        used = scheduler.cpu_times()
+        # Other work on the machine stretches every time but this one.
+        figures["scheduler_cpu_s"] = round(used.user + used.system - cpu.user - cpu.system, 2)
         errors = server.errors(since_mark=True)
         if errors:
             raise RuntimeError(f"{method.name}: the server logged {errors[:3]}")
-        batches = server.decode_batches()
+        running = server.decode_running()
         figures |= {
             "retractions": server.retracted(),
             "running_peak": server.peak_running(),
-            "running_mean": mean([running for running, _ in batches]),
+            "running_mean": mean(running),
         }
         if method.quant:
             after = server.pool()
@@ -427,7 +464,7 @@ class Bench:
                 "storage_bytes": tokens * token_bytes,
                 "shrinks": 0,
                 "shrink_s": 0.0,
-                "kv_read_bytes_per_step": mean([held * token_bytes for _, held in batches]),
+                "kv_read_bytes_per_step": stock_read_bytes(out, figures["running_mean"], token_bytes),
             }
         return figures, out["generated_texts"]
 
@@ -484,8 +521,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     more = [
         "| profile | concurrent | method | TTFT ms p50, p99 | ITL ms p50, p99 | logical tokens | shrinks | stall s "
-        "| of the run | KV read per step, MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| of the run | KV read per step, MiB "
+        "| CPU ms per token |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for e in rows:
         cell = f"| {e['profile']} | {e['concurrency']} "
@@ -499,7 +537,8 @@ def table(result: dict[str, Any]) -> str:
             f"{cell}| {e['method']} | {e['ttft_p50_ms']:.0f}, {e['ttft_p99_ms']:.0f} "
             f"| {e['itl_p50_ms']:.1f}, {e['itl_p99_ms']:.1f} | {e['logical_tokens']:,.0f} | {e['shrinks']:,.0f} "
             f"| {e['shrink_s']:.2f} | {100 * e['shrink_s'] / e['duration_s']:.1f} % "
-            f"| {number(None if read is None else read / 2**20, '.2f')} |"
+            f"| {number(None if read is None else read / 2**20, '.2f')} "
+            f"| {1e3 * e['scheduler_cpu_s'] / e['output_tokens']:.2f} |"
         )
     lost = [f"Missing: {row['key']['method']}: {row['missing']}" for row in result["rows"] if "missing" in row]
     return "\n".join([*fast, "", *more, *(["", *lost] if lost else [])])
@@ -535,8 +574,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pmkvq bench serve: {error}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = options.tokenizer or word_tokenizer(Path(folder), model_facts(options.model)["vocab_size"])
-        Bench(options, results, tokenizer, torch.cuda.is_available()).run()
+        home = Path(folder)
+        tokenizer = options.tokenizer or word_tokenizer(home / "words", model_facts(options.model)["vocab_size"])
+        Bench(options, results, tokenizer, home, torch.cuda.is_available()).run()
     print(table({**results.head, "rows": results.rows}))
     return 0
 

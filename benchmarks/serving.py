@@ -47,12 +47,6 @@ def free_port() -> int:
 class ServerFailed(RuntimeError):
     """The server ended before it was ready; the message ends with its log."""
 
-    @property
-    def reason(self) -> str:
-        """The last line of the log that names an error, else its last line."""
-        lines = [line.strip() for line in str(self).splitlines() if line.strip()]
-        return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
-
 
 @dataclass
 class Server:
@@ -121,10 +115,9 @@ class Server:
         """Most requests in one decode batch of the log since ``mark``."""
         return max((int(n) for n in re.findall(r"#running-req: (\d+)", self.new_log())), default=0)
 
-    def decode_batches(self) -> list[tuple[int, int]]:
-        """(running requests, tokens that they hold) of each decode line of the log since ``mark``."""
-        found = re.findall(r"Decode batch.*?#running-req: (\d+), #token: (\d+)", self.new_log())
-        return [(int(running), int(tokens)) for running, tokens in found]
+    def decode_running(self) -> list[int]:
+        """Running requests in each decode line of the log since ``mark``."""
+        return [int(n) for n in re.findall(r"Decode batch.*?#running-req: (\d+)", self.new_log())]
 
     def errors(self, since_mark: bool = False) -> list[str]:
         """Tracebacks and error lines of the log; a client that hangs up is not an error."""

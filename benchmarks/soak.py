@@ -14,6 +14,8 @@ a minute the clients stop; when the server is idle
 Every request that nobody cut off must come back whole. Of those of whose KV no page had shrunk a sample is asked again
 from stock SGLang, token by token; of the others the share of right answers is stated. Exit status 1 if anything was
 lost.
+
+``--stock`` sends the same traffic to stock SGLang in the same bytes: the control for resident memory.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import psutil
+import requests
 from transformers import AutoTokenizer
 
 from benchmarks.methods import bytes_per_token
@@ -42,13 +45,15 @@ from benchmarks.serving import REASONER, STRICT, Server, generate_many, schedule
 
 POOL = 6 << 20
 RUNNING = 12
+OURS = ["--pmkvq-pool-bytes", str(POOL)]
 ARGS = [
-    "--pmkvq-pool-bytes", str(POOL), "--max-running-requests", str(RUNNING), "--chunked-prefill-size", "256",
+    "--max-running-requests", str(RUNNING), "--chunked-prefill-size", "256",
     "--schedule-conservativeness", "0.2", "--enable-priority-scheduling", "--disable-priority-preemption",
     "--enable-metrics", "--enable-cache-report",
 ]  # fmt: skip
 ENV = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "97", "SGLANG_REQ_WAITING_TIMEOUT": "90"}
 TOKENS_16_BIT = POOL // bytes_per_token(REASONER)
+STOCK = ["--max-total-tokens", str(TOKENS_16_BIT)]
 # Mean tokens that a request of the mix holds at its end: with so many clients four pools are asked for at once.
 MEAN_TOKENS = 600
 CLIENTS = 4 * TOKENS_16_BIT // MEAN_TOKENS + 1
@@ -99,8 +104,9 @@ def forks(seed: int) -> list[task.Problem]:
 class Soak:
     """Clients of one server. Seeded; what interleaves how is up to the machine."""
 
-    def __init__(self, server: Server, seed: int) -> None:
+    def __init__(self, server: Server, seed: int, quant: bool = True) -> None:
         self.server = server
+        self.quant = quant
         self.rng = random.Random(seed)
         self.tally = Tally()
         self.tokenizer = AutoTokenizer.from_pretrained(REASONER)
@@ -128,7 +134,8 @@ class Soak:
     def body(self, problem: task.Problem, **more: Any) -> dict[str, Any]:
         ids = self.tokenizer.apply_chat_template(task.messages(problem), add_generation_prompt=True, return_dict=False)
         params = {"temperature": 0, "max_new_tokens": problem.chain_tokens + 64}
-        params["custom_params"] = {"pmkvq_kv_bits": True}
+        if self.quant:
+            params["custom_params"] = {"pmkvq_kv_bits": True}
         self.serial += 1
         # As many digits for all: SGLang aborts every request whose rid begins with the one that is named.
         rid = f"soak-{self.serial:08}"
@@ -150,7 +157,7 @@ class Soak:
         meta = answer.get("meta_info", {}) if isinstance(answer, dict) else {}
         reason = (meta.get("finish_reason") or {}).get("type")
         ids = answer.get("output_ids", []) if isinstance(answer, dict) else []
-        bits = meta.get("pmkvq_kv_bits")
+        bits = meta.get("pmkvq_kv_bits") if self.quant else [{"lowest": 16}]
         if status != 200 or reason not in ("stop", "length") or len(ids) != meta["completion_tokens"] or not bits:
             self.tally.lost.append(f"{kind} {body['rid']}: status {status}, {str(answer)[:200]}")
             return
@@ -264,7 +271,7 @@ class Soak:
         while time.monotonic() < end:
             await asyncio.sleep(self.rng.uniform(1, 6))
             self.alive()
-            state = await asyncio.to_thread(self.server.pool)
+            state = await asyncio.to_thread(self.state)
             self.peak_since_finish = max(self.peak_since_finish, state["retractions_since_finish"])
             what = self.rng.random()
             if what < 0.25:
@@ -296,7 +303,7 @@ class Soak:
             if status != 200 or not answer.get("success"):
                 self.tally.lost.append(f"weights could not be loaded again: {status} {str(answer)[:200]}")
         await asyncio.to_thread(self.server.flush)
-        empty = await asyncio.to_thread(self.server.pool)
+        empty = await asyncio.to_thread(self.state)
         if empty["mapped_pages"] or empty["used_bytes"] or empty["running_requests"]:
             self.tally.lost.append(f"after a flush: {empty}")
         self.tally.lost += [f"log: {line}" for line in self.server.errors(since_mark=True)]
@@ -319,12 +326,24 @@ class Soak:
     async def until_idle(self) -> dict[str, Any]:
         """The pool's state once nothing runs; what hung up is aborted by SGLang a moment later."""
         for _ in range(300):
-            state = await asyncio.to_thread(self.server.pool)
+            state = await asyncio.to_thread(self.state)
             if not state["running_requests"]:
                 return state
             await asyncio.sleep(0.2)
         self.tally.lost.append(f"requests still run a minute after the last client left: {state}")
         return state
+
+    def state(self) -> dict[str, Any]:
+        """The pool's own figures; of stock, what it says of its load."""
+        if self.quant:
+            return self.server.pool()
+        (load,) = requests.get(f"{self.server.url}/v1/loads", timeout=60).json()["loads"]
+        return {
+            "running_requests": load["num_running_reqs"] + load["num_waiting_reqs"],
+            "mapped_pages": load["num_used_tokens"],
+            "used_bytes": load["num_used_tokens"] * bytes_per_token(REASONER),
+            "retractions_since_finish": 0,
+        }
 
     def alive(self) -> None:
         if self.server.process.poll() is not None:
@@ -376,14 +395,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stock", action="store_true", help="the control: stock SGLang in the same bytes")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
-    with serve(REASONER, ARGS, env=ENV) as server:
-        soak = Soak(server, options.seed)
+    quant = not options.stock
+    with serve(REASONER, [*ARGS, *(OURS if quant else STOCK)], env=ENV, quant=quant) as server:
+        soak = Soak(server, options.seed, quant)
         asyncio.run(soak.run(60 * options.minutes))
-        pool, retracted = server.pool(), len([x for x in server.log().splitlines() if "#retracted_reqs" in x])
+        pool: dict[str, Any] = server.pool() if quant else {"shrinks": {}, "evict_requests": 0}
+        retracted = len([x for x in server.log().splitlines() if "#retracted_reqs" in x])
     tally = soak.tally
-    asked, different = against_stock(tally.answers, soak.rng)
+    asked, different = against_stock(tally.answers, soak.rng) if quant else (0, 0)
     if different:
         tally.lost.append(f"{different} of {asked} answers at 16 bits differ from stock SGLang's")
     narrow = [a for a in tally.answers if a.lowest < 16]

@@ -198,6 +198,18 @@ def _options(question: str, right: str, wrong: Sequence[str], seed: int) -> tupl
     return "\n".join([question.strip(), "", *lines]), LETTERS[order.index(right)]
 
 
+def line_range(lines: str) -> tuple[int, int]:
+    """``low-high`` of ``--lines``, or one number for both.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", lines)
+    if not match:
+        raise ValueError(f"--lines {lines}: expected a range such as 64-128")
+    return int(match[1]), int(match[2] or match[1])
+
+
 def builtin(count: int, lines: str, first: int = 0) -> list[Item]:
     """Evaluation problems of the bundled task with programs of ``low-high`` lines.
 
@@ -206,10 +218,7 @@ def builtin(count: int, lines: str, first: int = 0) -> list[Item]:
     """
     from benchmarks.reasoner.task import check, eval_problem, messages
 
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", lines)
-    if not match:
-        raise ValueError(f"--lines {lines}: expected a range such as 64-128")
-    low, high = int(match[1]), int(match[2] or match[1])
+    low, high = line_range(lines)
     out = []
     for i in range(first, first + count):
         problem = eval_problem(i, low, high)

@@ -196,7 +196,7 @@ def _bench(args: argparse.Namespace, extra: list[str]) -> int:
 
 def _repository(name: str, arguments: list[str]) -> int:
     """Run a module of the repository's benchmarks/, which the installed package does not hold."""
-    import subprocess
+    from importlib import import_module
     from pathlib import Path
 
     root = Path(__file__).resolve().parent.parent
@@ -206,9 +206,9 @@ def _repository(name: str, arguments: list[str]) -> int:
             f"{name} needs benchmarks/{name} of the repository, which the installed package does not hold; "
             f"clone the repository and run its pmkvq"
         )
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+    sys.path.insert(0, str(root))
+    module = import_module(f"benchmarks.{name}" if (home / f"{name}.py").is_file() else f"benchmarks.{name}.__main__")
+    return int(module.main(arguments))
 
 
 def _serve_demo(args: argparse.Namespace, extra: list[str]) -> int:
