@@ -184,7 +184,7 @@ def run_workload(context: Context, server: Server, method: Method, plan: Plan, w
     try:
         with context.clock.limit(context.options.seconds):
             count, seed = work.requests, context.options.seed
-            out = client.run_client(server.url, tokenizer, profile, count, count, seed)
+            out = client.run_client(server.url, tokenizer, context.out, profile, count, count, seed)
         row["client"] = client.client_figures(out, profile.output_lengths(count, seed))
     except TimeUp:
         if context.clock.left() <= 0:
