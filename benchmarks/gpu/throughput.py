@@ -53,7 +53,7 @@ SYSTEMS = {
     "age-4": OURS_4,
     "age-2": OURS_2,
     "static-2": STATIC_2,
-    "stock-fp8": System("stock-fp8", on_cpu=False),
+    "stock-fp8": System("stock-fp8"),
     "stock-triton": System("stock", backend="triton", on_cpu=False),
 }
 
@@ -181,6 +181,7 @@ def run_workload(context: Context, server: Server, method: Method, plan: Plan, w
     row: Row = {"workload": str(work), "client": None}
     server.flush()
     server.mark()
+    before = server.pool() if method.quant else {}
     try:
         with context.clock.limit(context.options.seconds):
             count, seed = work.requests, context.options.seed
@@ -199,8 +200,9 @@ def run_workload(context: Context, server: Server, method: Method, plan: Plan, w
     if method.quant:
         pool = server.pool()
         row["pool"] = {
-            k: pool[k]
-            for k in ("effective_bits_avg", "effective_bits_peak", "shrinks", "shrink_seconds", "evict_requests")
+            "shrinks": {k: n - before["shrinks"].get(k, 0) for k, n in pool["shrinks"].items()},
+            "shrink_s": round(pool["shrink_seconds"] - before["shrink_seconds"], 4),
+            "evict_requests": pool["evict_requests"] - before["evict_requests"],
         }
         lost = {k: pool[k] for k in ("dropped_rows", "unmapped_reads") if pool[k]}
         if lost:
@@ -281,7 +283,7 @@ def table(rows: Sequence[Row]) -> str:
             f"| {number(own / stock if own and stock else None, '.2f')} | {number(client_row.get('output_tok_s'))} "
             f"| {number(client_row.get('ttft_p50_ms'))} | {number(best.get('step_ms'), '.2f')} "
             f"| {number(best.get('running_mean'), '.1f')}, {number(best.get('running_peak'))} | {work['retractions']} "
-            f"| {number(pool.get('effective_bits_avg', 8.0 if 'fp8' in key['system'] else 16.0), '.2f')} "
-            f"| {number(best.get('kv_gb_s'))} | {number(pool.get('shrink_seconds'), '.2f')} |"
+            f"| {number(best.get('effective_bits_mean'), '.2f')} | {number(best.get('kv_gb_s'))} "
+            f"| {number(pool.get('shrink_s'), '.2f')} |"
         )
     return "\n".join(lines)
