@@ -1,7 +1,7 @@
 """Checks that an environment has all that a server of a dense model imports, and that the plugin is found.
 
     python -m benchmarks.gpu.imports                 on a machine with a GPU
-    python -m benchmarks.gpu.imports --without-gpu   imports as on a Hopper GPU, as far as the first call of the driver
+    python -m benchmarks.gpu.imports --without-gpu   imports as on a GPU, as far as the first call of the driver
 
 ``--without-gpu`` answers SGLang's and FlashInfer's questions about the device itself and gives the operators of
 ``sglang-kernel`` a driver library whose functions end the process: what loads there has everything but the driver. It
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -68,18 +69,16 @@ def stub_driver(library: Path, folder: Path) -> Path:
     return target
 
 
-def pretend_hopper() -> None:
+def pretend_gpu(major: int) -> None:
     """Answer what SGLang, FlashInfer and sglang-kernel ask torch about the device while they are imported."""
     import torch
 
-    facts = SimpleNamespace(
-        major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, name="NVIDIA H100 (none is there)"
-    )
+    facts = SimpleNamespace(major=major, minor=0, multi_processor_count=132, total_memory=80 << 30, name="no GPU")
     answers = {
         "is_available": True,
         "device_count": 1,
         "current_device": 0,
-        "get_device_capability": (9, 0),
+        "get_device_capability": (major, 0),
         "get_device_name": facts.name,
         "get_device_properties": facts,
         "is_initialized": False,
@@ -100,15 +99,16 @@ def entry_point_found() -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--without-gpu", action="store_true", help="pretend a Hopper GPU, stop at the driver")
+    parser.add_argument("--without-gpu", action="store_true", help="pretend a GPU, stop at the driver")
     options = parser.parse_args(argv)
     wrong: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         if options.without_gpu:
-            pretend_hopper()
             spec = importlib.util.find_spec("sgl_kernel")
             assert spec is not None and spec.origin is not None
-            (operators,) = Path(spec.origin).parent.glob("sm90/common_ops.*")
+            # A kit has one of them; of the whole wheel, Hopper's.
+            operators = max(Path(spec.origin).parent.glob("sm*/common_ops.*"))
+            pretend_gpu(9 if operators.parent.name == "sm90" else 10)
             # Found by its name when the operators ask for it.
             ctypes.CDLL(str(stub_driver(operators, Path(folder))), mode=ctypes.RTLD_GLOBAL)
         for name in MODULES:
