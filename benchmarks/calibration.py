@@ -1,4 +1,4 @@
-"""What calibration gives on the bundled model: uniform, allocation alone, reparameterization alone, both.
+"""What calibration gives on the bundled model: uniform, allocation alone, reparameterization alone, both, clipping.
 
     python -m benchmarks.calibration --problems 200 --seeds 0 1 2
 
@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.forced import WINDOW, Widths, chains, compare
 from benchmarks.key_ranges import key_ranges
+from benchmarks.oracle import constants
 from benchmarks.pressure import Row, problem_set, prompt_ids, run_row
 from benchmarks.reasoner.evaluate import load
 from benchmarks.result import versions, wilson, write
@@ -49,6 +48,7 @@ class Variant:
         target: mean final width that allocation gets; "" for a fixed width.
         final: fixed final width, as ``--pmkvq-final-bits`` takes it.
         transform: ``none`` or ``scale``.
+        clip: whether ranges of keys are clipped at 2 bits.
         sensitivity: what allocation minimizes.
     """
 
@@ -56,6 +56,7 @@ class Variant:
     target: str = ""
     final: str = ""
     transform: str = "none"
+    clip: bool = False
     sensitivity: str = "kl"
 
 
@@ -68,6 +69,13 @@ def _four(target: str, uniform: str) -> tuple[Variant, ...]:
     )
 
 
+def _clipped(target: str, uniform: str) -> tuple[Variant, ...]:
+    return (
+        Variant(f"reparameterization and clipping, {uniform}", final=uniform, transform="scale", clip=True),
+        Variant(f"both and clipping, {target}", target=target, transform="scale", clip=True),
+    )
+
+
 SIXTEEN = Variant("16 bits", final="16")
 FORCED = (
     SIXTEEN,
@@ -76,6 +84,7 @@ FORCED = (
     Variant("K2 V4", final="k2v4"),
     Variant("both, 3", target="3", transform="scale"),
     *_four("2.5", "2"),
+    *_clipped("2.5", "2"),
     Variant("allocation by Taylor, 2.5", target="2.5", sensitivity="taylor"),
     Variant("both by Taylor, 2.5", target="2.5", transform="scale", sensitivity="taylor"),
 )
@@ -84,7 +93,7 @@ FORCED = (
 SERVED: tuple[tuple[float | None, tuple[Variant, ...]], ...] = (
     (None, (SIXTEEN,)),
     (0.33, _four("4", "4")),
-    (0.22, _four("2.5", "2")),
+    (0.22, (*_four("2.5", "2"), *_clipped("2.5", "2"))),
 )
 
 
@@ -122,17 +131,19 @@ class Bench:
             samples=o.samples,
             kl_samples=o.kl_samples,
             transform=variant.transform,
+            clip=variant.clip,
             sensitivity=variant.sensitivity,
             seed=seed,
         )
         # One work folder per seed and transform: targets share what was measured.
-        return calibrate(settings, path, WORK / f"{seed}-{variant.transform}")
+        return calibrate(settings, path, WORK / f"{seed}-{variant.transform}{'-clip' if variant.clip else ''}")
 
     def path(self, variant: Variant, seed: int) -> Path | None:
         if not variant.target and variant.transform == "none":
             return None
         o = self.options
         name = f"{variant.target or variant.final}-{variant.transform}-{variant.sensitivity}"
+        name += "-clip" if variant.clip else ""
         return WORK / f"{name}-seed{seed}-{o.samples}-{o.kl_samples}.pmkvq.safetensors"
 
     def forced(self, seed: int) -> None:
@@ -154,8 +165,8 @@ class Bench:
 
                 widths = Widths(tuple(parse_final_bits(variant.final, layers)))
             else:
-                scale = c.tensors.get("key_scale")
-                widths = Widths(c.finals, None if scale is None else torch.from_numpy(scale), c.group_size)
+                scale, clip = constants(c)
+                widths = Widths(c.finals, scale, c.group_size, clip)
             got = compare(model, given, widths)
             right = got["chains_right"]
             mean = sum(map(sum, widths.finals)) / (2 * layers)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,23 +20,39 @@ from torch import Tensor
 from benchmarks.reasoner.evaluate import mixed_attention, prompt_tokens
 from benchmarks.reasoner.model import Llama
 from benchmarks.reasoner.task import Problem
-from sglang_pmkvq.formats import TIERS
+from sglang_pmkvq.formats import TIERS, K, V
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 
 SINK = 16
 WINDOW = 128
 
 
+class Reader(Protocol):
+    """Decides what is read of tokens older than the window."""
+
+    def read(self, layer: int, side: int, x: Tensor) -> Tensor:
+        """What the pool hands out instead of ``x`` fp32 [H, T, D], K (side 0) or V (1) of a layer."""
+
+
 @dataclass(frozen=True)
 class Widths:
-    """Final (K, V) bits per layer, key scales fp32 [L, H, D] or None, and channels per group."""
+    """Final (K, V) bits per layer, key scales fp32 [L, H, D] or None, channels per group, clip factors fp32 [L, H]
+    of 2-bit keys or None."""
 
     finals: tuple[tuple[int, int], ...]
     key_scale: Tensor | None = None
     group_size: int = 128
+    key_clip: Tensor | None = None
+
+    def read(self, layer: int, side: int, x: Tensor) -> Tensor:
+        bits = self.finals[layer][side]
+        assert bits in TIERS
+        scale = None if side == V or self.key_scale is None else self.key_scale[layer, :, None]
+        clip = None if side == V or self.key_clip is None else self.key_clip[layer, :, None]
+        return fake_quantize(x, bits, self.group_size, scale, clip)
 
 
-def logits(model: Llama, tokens: Tensor, widths: Widths, first: int, window: int = WINDOW) -> Tensor:
+def logits(model: Llama, tokens: Tensor, widths: Reader, first: int, window: int = WINDOW) -> Tensor:
     """Logits fp32 [T − first, vocabulary] of tokens [T] of one sequence, from position ``first`` on."""
     length = len(tokens)
     cos, sin = model.cos[:length], model.sin[:length]
@@ -58,12 +74,8 @@ def _bf16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, widths: Widths, layer: int, distance: Tensor, exact: Tensor) -> Tensor:
-    k_bits, v_bits = widths.finals[layer]
-    assert k_bits in TIERS and v_bits in TIERS
-    scale = None if widths.key_scale is None or k_bits == 16 else widths.key_scale[layer, :, None]
-    k_low = fake_quantize(k, k_bits, widths.group_size, scale)
-    v_low = fake_quantize(v, v_bits, widths.group_size)
+def _attention(q: Tensor, k: Tensor, v: Tensor, widths: Reader, layer: int, distance: Tensor, exact: Tensor) -> Tensor:
+    k_low, v_low = widths.read(layer, K, k), widths.read(layer, V, v)
     return mixed_attention(q, k, v, k_low, v_low, ~exact, ~exact, distance < 0)
 
 
@@ -90,23 +102,24 @@ def chains(model: Llama, tokenizer: Any, problems: Sequence[Problem]) -> list[Ch
 
 
 @torch.no_grad()
-def compare(model: Llama, given: Sequence[Chain], widths: Widths, window: int = WINDOW) -> dict[str, Any]:
+def force(model: Llama, chain: Chain, widths: Reader, window: int = WINDOW) -> tuple[np.ndarray, np.ndarray]:
+    """Per step of a chain: KL(16 bits ‖ widths) in nats, and whether the greedy choice is the gold one."""
+    low = logits(model, chain.tokens[:-1], widths, chain.first - 1, window).log_softmax(-1)
+    kl = (chain.exact.exp() * (chain.exact - low)).sum(-1)
+    return kl.numpy(), (low.argmax(-1) == chain.tokens[chain.first :]).numpy()
+
+
+def compare(model: Llama, given: Sequence[Chain], widths: Reader, window: int = WINDOW) -> dict[str, Any]:
     """KL(16 bits ‖ widths) per step in nats, steps and whole chains whose greedy choice is the gold one."""
-    kl, right, whole = [], 0, 0
-    for chain in given:
-        low = logits(model, chain.tokens[:-1], widths, chain.first - 1, window).log_softmax(-1)
-        kl.append((chain.exact.exp() * (chain.exact - low)).sum(-1).numpy())
-        hit = low.argmax(-1) == chain.tokens[chain.first :]
-        right += int(hit.sum())
-        whole += bool(hit.all())
-    every = np.concatenate(kl)
-    means = np.array([k.mean() for k in kl])
+    forced = [force(model, chain, widths, window) for chain in given]
+    every = np.concatenate([kl for kl, _ in forced])
+    means = np.array([kl.mean() for kl, _ in forced])
     return {
         "chains": len(given),
         "steps": len(every),
         "kl_mean": float(every.mean()),
         "kl_mean_standard_error": float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None,
         "kl_p99": float(np.quantile(every, 0.99)),
-        "step_accuracy": right / len(every),
-        "chains_right": whole,
+        "step_accuracy": sum(int(hit.sum()) for _, hit in forced) / len(every),
+        "chains_right": sum(bool(hit.all()) for _, hit in forced),
     }

@@ -52,11 +52,12 @@ class Config:
     finals: tuple[int, int] = (4, 2)
     gqa: int = 4
     key_scale: bool = False
+    key_clip: bool = False
     logit_cap: bool = False
 
     @property
     def name(self) -> str:
-        flags = ("-scale" if self.key_scale else "") + ("-cap" if self.logit_cap else "")
+        flags = "-scale" * self.key_scale + "-clip" * self.key_clip + "-cap" * self.logit_cap
         return (
             f"{self.kernel}-sm{self.arch}-{self.dtype}-d{self.head_dim}g{self.group_size}p{self.page_size}"
             f"-k{self.finals[0]}v{self.finals[1]}-gqa{self.gqa}{flags}"
@@ -87,6 +88,9 @@ def configs() -> Iterator[Config]:
         yield Config("extend", arch, finals=(16, 16))
         for kernel in ("decode", "extend"):
             yield Config(kernel, arch, key_scale=True, logit_cap=True)
+            yield Config(kernel, arch, finals=(2, 2), key_scale=True, key_clip=True)
+        yield Config("decode", arch, "fp16", finals=(2, 2), key_clip=True)
+        yield Config("copy", arch, finals=(2, 2), key_scale=True, key_clip=True)
         yield Config("copy", arch)
         yield Config("copy", arch, "fp16", finals=(8, 8))
         yield Config("copy", arch, group_size=32, key_scale=True)
@@ -105,6 +109,8 @@ def sample() -> Iterator[Config]:
         for kernel in ("merge", "store", "count", "scatter", "schedule", "ranges", "table"):
             yield Config(kernel, arch)
         yield Config("copy", arch, finals=(2, 2))
+        yield Config("copy", arch, finals=(2, 2), key_scale=True, key_clip=True)
+    yield Config("decode", 90, finals=(2, 2), key_scale=True, key_clip=True)
 
 
 def launches(config: Config) -> dict[str, Launch]:
@@ -113,8 +119,9 @@ def launches(config: Config) -> dict[str, Launch]:
     shape = PageShape(config.page_size, heads, config.head_dim, config.group_size)
     group = LayerGroup((0, 1), *config.finals)
     scale = torch.ones(2, heads, config.head_dim) if config.key_scale else None
+    clip = torch.full((2, heads), 0.6) if config.key_clip else None
     superblocks = [4] * len(group.arena_sides)
-    storage = GroupStorage.allocate(shape, group, superblocks, 8, DTYPES[config.dtype], key_scale=scale)
+    storage = GroupStorage.allocate(shape, group, superblocks, 8, DTYPES[config.dtype], key_scale=scale, key_clip=clip)
     requests, pages, hq = 4, 512, heads * config.gqa
     plan = DevicePlan()
     plan.reserve(storage, requests, pages, hq, columns=True)

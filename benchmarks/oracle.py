@@ -42,9 +42,15 @@ RUNNING = 2
 CHUNK = 64
 
 
+def constants(c: artifact.Calibration) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Key scales fp32 [L, H, D] and clip factors fp32 [L, H] of a calibration, or None."""
+    scale, clip = c.tensors.get("key_scale"), c.tensors.get("key_clip")
+    return None if scale is None else torch.from_numpy(scale), None if clip is None else torch.from_numpy(clip)
+
+
 @dataclass(frozen=True)
 class Case:
-    """One server configuration: final widths, policy, window, pool bytes; or widths and key scales of a file."""
+    """One server configuration: final widths, policy, window, pool bytes; or what a calibration says."""
 
     name: str
     final: str
@@ -70,10 +76,9 @@ class Case:
         limits = limits_for(RUNNING, CHUNK, PAGE, Protection(self.window, 0, False))
         return choose_geometry(shape, groups, parse_size(self.pool), limits)
 
-    def key_scale(self) -> torch.Tensor | None:
-        """fp32 [L, H, D], or None."""
-        scale = self._file().tensors.get("key_scale") if self.calibration else None
-        return None if scale is None else torch.from_numpy(scale)
+    def constants(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """``constants`` of the file, if there is one."""
+        return constants(self._file()) if self.calibration else (None, None)
 
     def _file(self) -> artifact.Calibration:
         return artifact.load(self.calibration)
@@ -134,13 +139,13 @@ def replay(model: Any, case: Case, prompt: Sequence[int], output: Sequence[int])
     cache = DynamicCache(config=model.config)
     exact: list[list[torch.Tensor]] = [[], []]
     held = np.zeros((len(geometry.groups), 0), np.int8)
-    key_scale = case.key_scale()
+    transforms = case.constants()
     logprobs = []
     for (start, end), now in zip(forwards, steps, strict=True):
         known = np.zeros_like(now)
         known[:, : held.shape[1]] = held
         for page in np.flatnonzero((now != known).any(axis=0)):
-            _shrink_page(cache, exact, geometry, group_of, int(page), now[:, page], key_scale)
+            _shrink_page(cache, exact, geometry, group_of, int(page), now[:, page], *transforms)
         held = now
         with torch.no_grad():
             tokens = everything[:, start:end]
@@ -167,6 +172,7 @@ def _shrink_page(
     page: int,
     steps: np.ndarray,
     key_scale: torch.Tensor | None,
+    clip: torch.Tensor | None,
 ) -> None:
     """Replace one page in every layer by what a reader of the pool sees at its steps."""
     part = slice(page * PAGE, (page + 1) * PAGE)
@@ -176,7 +182,9 @@ def _shrink_page(
         for side, name in ((K, "keys"), (V, "values")):
             x = exact[side][layer][:, :, part]
             scale = key_scale[layer][:, None] if side == K and key_scale is not None else None
-            getattr(entry, name)[:, :, part] = fake_quantize(x, tiers[side], geometry.shape.group_size, scale)
+            share = clip[layer][:, None] if side == K and clip is not None else None
+            read = fake_quantize(x, tiers[side], geometry.shape.group_size, scale, share)
+            getattr(entry, name)[:, :, part] = read
 
 
 def serve_case(server: Server, ids: Sequence[list[int]], tokens: int) -> list[tuple[list[int], list[float]]]:

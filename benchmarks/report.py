@@ -334,6 +334,15 @@ def sections(folder: Path) -> list[Section]:
 TITLE = "KV-cache methods compared"
 
 
+def markdown(parts: Sequence[Section]) -> str:
+    """The page, with pictures by name."""
+    page = [f"# {TITLE}\n"]
+    for part in parts:
+        page.append(f"## {part.title}\n\n{part.text}\n")
+        page += [f"![{caption}]({name}.png)\n" for name, caption, _ in part.pictures]
+    return "\n".join(page)
+
+
 def _png(figure: Figure) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
@@ -362,21 +371,18 @@ def write_report(folder: Path, out: Path) -> list[Path]:
     parts = sections(folder)
     out.mkdir(parents=True, exist_ok=True)
     render = MarkdownIt("commonmark", {"html": False}).enable("table").render
-    page = [f"# {TITLE}\n"]
     body = [f"<h1>{TITLE}</h1>"]
     written = []
     for part in parts:
-        page.append(f"## {part.title}\n\n{part.text}\n")
         body.append(f"<h2>{html.escape(part.title)}</h2>\n{render(part.text)}")
         for name, caption, figure in part.pictures:
             data = _png(figure)
             (out / f"{name}.png").write_bytes(data)
             written.append(out / f"{name}.png")
-            page.append(f"![{caption}]({name}.png)\n")
             source = "data:image/png;base64," + base64.b64encode(data).decode()
             shown = html.escape(caption, quote=True)
             body.append(f'<figure><img src="{source}" alt="{shown}"><figcaption>{shown}</figcaption></figure>')
-    (out / "report.md").write_text("\n".join(page))
+    (out / "report.md").write_text(markdown(parts))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{TITLE}</title>'
     document = f"<!doctype html>\n<html lang=en><head>{head}<style>{STYLE}</style></head>\n<body>\n"
     (out / "report.html").write_text(document + "\n".join(body) + "\n</body></html>\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pressure import table as pressure_table
+from benchmarks.transform_rows import table as transforms_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -202,6 +203,10 @@ def _calibration(result: dict[str, Any]) -> str:
     )
 
 
+def _transforms(result: dict[str, Any]) -> str:
+    return transforms_table(result) + "\n"
+
+
 def _compiled(result: dict[str, Any]) -> str:
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for name, row in result["kernels"].items():
@@ -387,6 +392,14 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "Calibration",
         "What has run so far; figures and what they mean are in [calibration](calibration.md).",
         _calibration,
+    ),
+    (
+        "transforms",
+        "Rotations and clipping",
+        "Everything older than the window at its final widths, along gold chains. Ratios are paired by chain, of the "
+        "mean KL and (usual) of its geometric mean; brackets are 95 % bootstrap intervals. What the rows are and what "
+        "they mean: [calibration](calibration.md).",
+        _transforms,
     ),
     (
         "kernels_aot",

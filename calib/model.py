@@ -105,6 +105,10 @@ class CalibrationModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def scaling(self, layer: int) -> float:
+        """Softmax scale of a layer."""
+        return float(getattr(self.model.base_model.layers[layer].self_attn, "scaling", self.head_dim**-0.5))
+
     def _tokens(self, sample: Sample) -> torch.Tensor:
         return torch.from_numpy(sample.tokens).to(self.device)[None]
 

@@ -1,14 +1,19 @@
-"""Reparameterization: per-channel key scales s = (max|K|)^α (paper sec. 3.3, eq. 9, 10).
+"""Reparameterization of keys: scales s = (max|K|)^α (paper sec. 3.3, eq. 9, 10), and clip factors at 2 bits.
 
 Scores do not change if keys are divided by s and queries multiplied by it, but a group of channels with one
 outlier quantizes better once the outlier is scaled down. Applied where codes are made and read, after RoPE:
 no weight is touched, so biases and QK-norm need nothing, and the two channels of a RoPE pair need not share
 a scale (folded into weights they would have to).
+
+A clip factor c says that 2-bit codes span the middle share c of their group's range. The extremes of a group
+are rare and four levels are few: losing them buys smaller steps for everything else. It acts in the step
+from 4 to 2 bits alone, so pages at 8 and 4 bits pay nothing for it. Not in the paper.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -19,6 +24,7 @@ from sglang_pmkvq.calib.sweep import State
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 
 ALPHAS: tuple[float, ...] = tuple(i / 19 for i in range(20))
+CLIPS: tuple[float, ...] = tuple(1 - i / 20 for i in range(13))  # 1 .. 0.4; four levels of a normal: about 0.6
 QUERY_ROWS = 256
 
 
@@ -83,6 +89,7 @@ def observe_alphas(
     key_max: torch.Tensor,
     pairs: list[list[tuple[int, int]]],
     group_size: int,
+    clips: torch.Tensor | None,
     state: State,
 ) -> None:
     """Add one sample's error of the attention output for every α.
@@ -90,21 +97,23 @@ def observe_alphas(
     Args:
         key_max: fp32 [L, H, D].
         pairs: per layer, (K bits, V bits) to try; V at 16 is left exact.
+        clips: clip factors fp32 [L, H] that 2-bit keys have, or None.
         state: ``error`` float64 [L, H, pairs, α], summed squared error.
     """
 
     def observer(
         layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        query, rows = _query_rows(q[0])
-        scaling = getattr(model.model.base_model.layers[layer].self_attn, "scaling", model.head_dim**-0.5)
+        query, rows = query_rows(q[0])
+        scaling = model.scaling(layer)
         maxima = key_max[layer].to(k.device)
+        clip = clip_of(clips, layer, k.device)
         exact = attention_rows(query, k[0], v[0], rows, scaling)
         for place, (k_bits, v_bits) in enumerate(pairs[layer]):
             value = fake_quantize(v[0].float(), v_bits, group_size)
             for index, alpha in enumerate(ALPHAS):
                 scale = key_scales(maxima, alpha)[:, None]
-                key = fake_quantize(k[0].float(), k_bits, group_size, scale)
+                key = fake_quantize(k[0].float(), k_bits, group_size, scale, clip)
                 error = attention_rows(query, key, value, rows, scaling) - exact
                 state["error"][layer, :, place, index] += error.square().sum((1, 2, 3)).double().cpu()
                 if k_bits == 16:
@@ -115,10 +124,49 @@ def observe_alphas(
         model.hidden(sample)
 
 
-def _query_rows(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """At most ``QUERY_ROWS`` query positions spread over the sample, always the last: (q [Hq, R, D], rows [R])."""
+def observe_clips(
+    model: CalibrationModel,
+    sample: Sample,
+    layers: Sequence[int],
+    scales: torch.Tensor | None,
+    group_size: int,
+    state: State,
+) -> None:
+    """Add one sample's error of the attention output, keys at 2 bits and values exact, for every clip factor.
+
+    Args:
+        layers: those to look at.
+        scales: key scales fp32 [L, H, D], or None.
+        state: ``error`` float64 [L, H, clips], summed squared error.
+    """
+
+    def observer(
+        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer not in layers:
+            return k, v
+        query, rows = query_rows(q[0])
+        scale = None if scales is None else scales[layer, :, None].to(k.device)
+        exact = attention_rows(query, k[0], v[0], rows, model.scaling(layer))
+        for index, clip in enumerate(CLIPS):
+            key = fake_quantize(k[0].float(), 2, group_size, scale, torch.tensor(clip, device=k.device))
+            error = attention_rows(query, key, v[0], rows, model.scaling(layer)) - exact
+            state["error"][layer, :, index] += error.square().sum((1, 2, 3)).double().cpu()
+        return k, v
+
+    with observing(observer):
+        model.hidden(sample)
+
+
+def clip_of(clips: torch.Tensor | None, layer: int, device: torch.device) -> torch.Tensor | None:
+    """Clip factors [H, 1] of a layer, as ``fake_quantize`` takes them for [H, T, D]."""
+    return None if clips is None else clips[layer, :, None].to(device)
+
+
+def query_rows(q: torch.Tensor, most: int = QUERY_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+    """At most ``most`` query positions spread over the sample, always the last: (q [Hq, R, D], rows [R])."""
     length = q.shape[1]
-    count = min(length, QUERY_ROWS)
+    count = min(length, most)
     rows = (torch.arange(1, count + 1, device=q.device) * length // count) - 1
     return q[:, rows], rows
 
@@ -137,3 +185,8 @@ def attention_rows(
 def best_alphas(error: torch.Tensor) -> torch.Tensor:
     """α of least error along the last axis, float64 [...]; the smallest one on a tie."""
     return torch.tensor(ALPHAS, dtype=torch.float64)[error.argmin(-1)]
+
+
+def best_clips(error: torch.Tensor) -> torch.Tensor:
+    """Clip factor of least error along the last axis, fp32 [...]; 1 on a tie, so where nothing was measured."""
+    return torch.tensor(CLIPS)[error.argmin(-1)]

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from sglang_pmkvq.calib.sweep import State, Workspace, sweep
 from sglang_pmkvq.formats import GROUP_SIZES
 
 REFUSED_TRANSFORMS = ("hadamard", "rotation")
+# The error of a layer's own output settles within a few samples.
+SEARCH_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Settings:
         group_size: G, or None for min(head_dim, 128).
         max_groups: bound on layer groups.
         transform: ``scale`` or ``none``.
+        clip: choose the share of their range that 2-bit codes of keys span by error; otherwise they span all of it.
         sensitivity: ``taylor`` or ``kl``, what allocation minimizes.
         kl_samples: samples for the measured sensitivity; 0 leaves it out.
     """
@@ -54,6 +58,7 @@ class Settings:
     group_size: int | None = None
     max_groups: int = 4
     transform: str = "scale"
+    clip: bool = True
     sensitivity: str = "kl"
     kl_samples: int = 8
     seed: int = 0
@@ -64,7 +69,8 @@ class Settings:
         """Raise ``ValueError`` for what can be seen without the model."""
         if self.transform in REFUSED_TRANSFORMS:
             raise ValueError(
-                f"--transform {self.transform}: rotations are not implemented; use scale or none"
+                f"--transform {self.transform}: rotations are not implemented; what they would add is measured in "
+                "docs/calibration.md; use scale or none"
             )
         for flag, value, allowed in (
             ("transform", self.transform, artifact.TRANSFORMS),
@@ -117,16 +123,21 @@ def calibrate(
     run = _Run(settings, model, corpus, lens, group_size, Workspace(folder, _key(settings, corpus)), quiet)
     ranges = run.ranges()
     scales = run.scales_per_width(ranges)
-    sums = run.sensitivities(scales)
+    clips = run.clips("clips", "2/4 clip factors", range(model.layers), None if scales is None else scales[-1])
+    sums = run.sensitivities(scales, clips)
     chosen = sums[settings.sensitivity]
     allocation, free = allocate.allocate_both(
         sensitivity.at_widths(chosen, settings.widths), settings.widths, costs, budget, settings.max_groups
     )
     tensors = {"key_max": ranges.numpy(), **sums}
-    alphas = None
+    alphas, scale = None, None
     if settings.transform == "scale":
-        alphas, scale = run.final_scales(ranges, allocation.finals)
+        alphas, scale = run.final_scales(ranges, allocation.finals, clips)
         tensors["key_scale"] = scale.numpy()
+    low = [layer for layer, (k_bits, _) in enumerate(allocation.finals) if k_bits == 2]
+    clips = run.clips(f"final-clips-{_short(allocation.finals)}", "4/4 clip factors", low, scale)
+    if clips is not None:
+        tensors["key_clip"] = clips.numpy()
     report: dict[str, Any] = {
         "widths": list(sensitivity.WIDTHS),
         "budget_bytes_per_token": budget,
@@ -192,20 +203,45 @@ class _Run:
         return state["key_max"].amax(0)
 
     def _alpha_errors(
-        self, name: str, label: str, key_max: torch.Tensor, pairs: list[list[tuple[int, int]]]
+        self,
+        name: str,
+        label: str,
+        key_max: torch.Tensor,
+        pairs: list[list[tuple[int, int]]],
+        clips: torch.Tensor | None = None,
     ) -> torch.Tensor:
         model = self.model
         error = torch.zeros(model.layers, model.kv_heads, len(pairs[0]), len(reparam.ALPHAS), dtype=torch.float64)
-        # The error of a layer's own output settles within a few samples.
-        count = min(16, len(self.corpus.samples))
         state = self._sweep(
             name,
             label,
-            count,
+            min(SEARCH_SAMPLES, len(self.corpus.samples)),
             {"error": error},
-            lambda sample, s: reparam.observe_alphas(model, sample, key_max, pairs, self.group_size, s),
+            lambda sample, s: reparam.observe_alphas(model, sample, key_max, pairs, self.group_size, clips, s),
         )
         return state["error"]
+
+    def clips(
+        self, name: str, label: str, layers: Sequence[int], scales: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Clip factors fp32 [L, H] of least error of 2-bit keys, 1 in other layers; None if unwanted or none is left.
+
+        Args:
+            name: of the partial results; must tell key scales and widths apart.
+            scales: key scales fp32 [L, H, D], or None.
+        """
+        model = self.model
+        if not (self.settings.clip and layers):
+            return None
+        error = torch.zeros(model.layers, model.kv_heads, len(reparam.CLIPS), dtype=torch.float64)
+        state = self._sweep(
+            name,
+            label,
+            min(SEARCH_SAMPLES, len(self.corpus.samples)),
+            {"error": error},
+            lambda sample, s: reparam.observe_clips(model, sample, layers, scales, self.group_size, s),
+        )
+        return reparam.best_clips(state["error"])
 
     def scales_per_width(self, key_max: torch.Tensor) -> torch.Tensor | None:
         """Best scales fp32 [widths, L, H, D] of K at each width, V exact."""
@@ -215,7 +251,7 @@ class _Run:
         alpha = reparam.best_alphas(self._alpha_errors("alphas", "2/4 scales per width", key_max, pairs))
         return torch.stack([reparam.key_scales(key_max, alpha[..., i, None]) for i in range(len(sensitivity.WIDTHS))])
 
-    def sensitivities(self, scales: torch.Tensor | None) -> dict[str, np.ndarray]:
+    def sensitivities(self, scales: torch.Tensor | None, clips: torch.Tensor | None) -> dict[str, np.ndarray]:
         """``taylor`` and, where asked for, ``kl``: float64 [L, 2, widths], per target token."""
         model, samples = self.model, self.corpus.samples
         state = self._sweep(
@@ -223,7 +259,7 @@ class _Run:
             "3/4 sensitivity, Taylor",
             len(samples),
             sensitivity.taylor_state(model.layers),
-            lambda sample, s: sensitivity.observe_taylor(model, sample, scales, self.group_size, s),
+            lambda sample, s: sensitivity.observe_taylor(model, sample, scales, clips, self.group_size, s),
         )
         out = {"taylor": (state["taylor"] / state["targets"]).numpy()}
         count = min(self.settings.kl_samples, len(samples))
@@ -234,23 +270,27 @@ class _Run:
                 "3/4 sensitivity, measured",
                 count,
                 kl,
-                lambda sample, s: sensitivity.observe_kl(model, sample, scales, self.group_size, s),
+                lambda sample, s: sensitivity.observe_kl(model, sample, scales, clips, self.group_size, s),
             )
             out["kl"] = (kl["kl"] / count).clamp_min(0.0).numpy()
         return out
 
     def final_scales(
-        self, key_max: torch.Tensor, finals: tuple[tuple[int, int], ...]
+        self, key_max: torch.Tensor, finals: tuple[tuple[int, int], ...], clips: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """α float64 [L, H] and scales fp32 [L, H, D] by the error at the widths that each layer really has."""
-        # The name holds the widths: partial results of another allocation must not be taken up.
-        name = "final-" + hashlib.sha256(repr(finals).encode()).hexdigest()[:8]
-        error = self._alpha_errors(name, "4/4 scales at the final widths", key_max, [[pair] for pair in finals])
+        name, pairs = "final-" + _short(finals), [[pair] for pair in finals]
+        error = self._alpha_errors(name, "4/4 scales at the final widths", key_max, pairs, clips)
         alpha = reparam.best_alphas(error[:, :, 0])
         for layer, (k_bits, _) in enumerate(finals):
             if k_bits == 16:
                 alpha[layer] = 0.0
         return alpha, reparam.key_scales(key_max, alpha[..., None])
+
+
+def _short(finals: tuple[tuple[int, int], ...]) -> str:
+    """Digest of the widths, for names: partial results of another allocation must not be taken up."""
+    return hashlib.sha256(repr(finals).encode()).hexdigest()[:8]
 
 
 def load_tokenizer(model: str) -> Any:

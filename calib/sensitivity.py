@@ -14,6 +14,7 @@ import torch
 
 from sglang_pmkvq.calib.corpus import Sample
 from sglang_pmkvq.calib.model import CalibrationModel, observing
+from sglang_pmkvq.calib.reparam import clip_of
 from sglang_pmkvq.calib.sweep import State
 from sglang_pmkvq.formats import K, V
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
@@ -32,12 +33,18 @@ def taylor_state(layers: int) -> State:
 
 
 def observe_taylor(
-    model: CalibrationModel, sample: Sample, scales: torch.Tensor | None, group_size: int, state: State
+    model: CalibrationModel,
+    sample: Sample,
+    scales: torch.Tensor | None,
+    clips: torch.Tensor | None,
+    group_size: int,
+    state: State,
 ) -> None:
     """Add one sample's Taylor terms (paper eq. 5). Divide by ``targets`` for the change of the mean loss.
 
     Args:
         scales: key scales fp32 [widths, L, H, D] that K has at each width, or None.
+        clips: clip factors fp32 [L, H] that 2-bit keys have, or None.
     """
 
     def observer(
@@ -50,9 +57,10 @@ def observe_taylor(
 
     def add(layer: int, side: int, x: torch.Tensor, grad: torch.Tensor) -> None:
         exact = x.float()
+        clip = clip_of(clips, layer, x.device) if side == K else None
         for place, bits in enumerate(WIDTHS):
             scale = scales[place, layer, :, None].to(x.device) if side == K and scales is not None else None
-            error = exact - fake_quantize(exact, bits, group_size, scale)
+            error = exact - fake_quantize(exact, bits, group_size, scale, clip)
             state["taylor"][layer, side, place] += (grad.float() * error).abs().sum(dtype=torch.float64).cpu()
 
     with observing(observer):
@@ -60,7 +68,12 @@ def observe_taylor(
 
 
 def observe_kl(
-    model: CalibrationModel, sample: Sample, scales: torch.Tensor | None, group_size: int, state: State
+    model: CalibrationModel,
+    sample: Sample,
+    scales: torch.Tensor | None,
+    clips: torch.Tensor | None,
+    group_size: int,
+    state: State,
 ) -> None:
     """Add one sample's mean KL(16 bits ‖ quantized) to ``kl`` float64 [L, 2, widths].
 
@@ -74,6 +87,7 @@ def observe_kl(
     exact = model.log_probs(inputs[-1][0, rows])
     probabilities = exact.exp()
     for layer in range(model.layers):
+        clip = clip_of(clips, layer, model.device)
         for side in (K, V):
             for place, bits in enumerate(WIDTHS):
                 scale = scales[place, layer, :, None].to(model.device) if side == K and scales is not None else None
@@ -85,11 +99,12 @@ def observe_kl(
                     v: torch.Tensor,
                     where: tuple[int, int, int] = (layer, side, bits),
                     scale: torch.Tensor | None = scale,
+                    clip: torch.Tensor | None = clip,
                 ) -> tuple[torch.Tensor, torch.Tensor]:
                     if at != where[0]:
                         return k, v
                     if where[1] == K:
-                        return fake_quantize(k, where[2], group_size, scale), v
+                        return fake_quantize(k, where[2], group_size, scale, clip), v
                     return k, fake_quantize(v, where[2], group_size)
 
                 with observing(observer):

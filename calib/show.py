@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def table(c: artifact.Calibration) -> str:
-    """What the file says: origin, budget, and per layer widths, α and sensitivities."""
+    """What the file says: origin, budget, and per layer widths, α, clip factors and sensitivities."""
     report = c.report
     sixteen = artifact.token_bytes(c.num_kv_heads, c.head_dim, c.group_size, ((16, 16),) * c.num_layers)
     lines = [
@@ -40,12 +40,13 @@ def table(c: artifact.Calibration) -> str:
     )
     widths = report["widths"]
     shown = c.tensors[c.sensitivity]
-    lines += ["", f"{'layer':>5} {'K':>3} {'V':>3}  {'alpha':<12}" + _heads(widths)]
-    alphas = report.get("alphas")
+    lines += ["", f"{'layer':>5} {'K':>3} {'V':>3}  {'alpha':<12}{'clip':<12}" + _heads(widths)]
+    alphas, clips = report.get("alphas"), c.tensors.get("key_clip")
     for layer, (k, v) in enumerate(c.finals):
-        alpha = "-" if alphas is None else _alpha(alphas[layer])
+        alpha = "-" if alphas is None else _spread(alphas[layer])
+        clip = "-" if clips is None or k != 2 else _spread(clips[layer].tolist())
         numbers = "".join(f"{x:>10.3g}" for x in np.concatenate([shown[layer, 0], shown[layer, 1]]))
-        lines.append(f"{layer:>5} {k:>3} {v:>3}  {alpha:<12}{numbers}")
+        lines.append(f"{layer:>5} {k:>3} {v:>3}  {alpha:<12}{clip:<12}{numbers}")
     return "\n".join(lines)
 
 
@@ -57,7 +58,7 @@ def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
 
 
-def _alpha(values: list[float]) -> str:
+def _spread(values: list[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.2f}" if low == high else f"{low:.2f}-{high:.2f}"
 

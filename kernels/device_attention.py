@@ -200,6 +200,7 @@ def _layer_args(plan: DevicePlan, layer: int) -> dict[str, object]:
         "k_meta": meta[0],
         "v_meta": meta[1],
         "key_scale": None if storage.key_scale is None else storage.key_scale[layer],
+        "key_clip": None if storage.key_clip is None else storage.key_clip[layer],
         "pages": buffers.pages,
         "k_units": buffers.k_units,
         "v_units": buffers.v_units,

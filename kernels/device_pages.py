@@ -71,6 +71,7 @@ def copy_launch(storage: GroupStorage, copies: ArenaCopies) -> Launch:
             "bytes0": storage.arenas[first],
             "meta0": pairs[0],
             "scale0": storage.key_scale if first == K else None,
+            "edges0": storage.clip_edge if first == K else None,
             "values1": storage.arenas[last].view(storage.dtype),
             "bytes1": storage.arenas[last],
             "meta1": pairs[1],

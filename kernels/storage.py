@@ -1,4 +1,4 @@
-"""The tensors of one layer group: arenas, (zero, range) side arrays, page table, key scales.
+"""The tensors of one layer group: arenas, (zero, range) side arrays, page table, key scales, clip factors.
 
 Layouts (P tokens per page, H KV heads, D channels, G channels per group, b bits):
 
@@ -30,6 +30,7 @@ from sglang_pmkvq.formats import (
     PoolGeometry,
     tier_units,
 )
+from sglang_pmkvq.kernels.cpu.codes import clip_edges
 
 MODEL_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
@@ -59,6 +60,10 @@ class GroupStorage:
         table: int32 ``[num_arenas, N+1]``, ``unit << STEP_BITS | step`` or ``UNMAPPED``.
         key_scale: fp32 ``[L, H, D]`` or None. Quantized tiers store K / s and queries are multiplied
             by s when those tiers are read; the 16-bit tier is never transformed.
+        key_clip: fp32 ``[L, H]`` in (0, 1] or None. 2-bit codes of keys span the middle share ``key_clip`` of the
+            stored range: the step from 4 to 2 bits rounds to those four levels, and readers narrow (zero, range)
+            alike. Wider tiers and what is stored of a range are untouched.
+        clip_edge: int32, same shape or None, what that step compares 4-bit codes with (see ``clip_edges``).
         clipped_groups: int64 scalar on the device, (zero, range) pairs whose finite value did not
             fit fp16 and was clamped, since the start.
         dropped_rows: int64 scalar on the device, rows of a token in a layer that Triton's store did
@@ -77,6 +82,8 @@ class GroupStorage:
     meta: tuple[torch.Tensor | None, torch.Tensor | None]
     table: torch.Tensor
     key_scale: torch.Tensor | None
+    key_clip: torch.Tensor | None
+    clip_edge: torch.Tensor | None
     clipped_groups: torch.Tensor
     dropped_rows: torch.Tensor
     unmapped_reads: torch.Tensor
@@ -91,6 +98,7 @@ class GroupStorage:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         key_scale: torch.Tensor | None = None,
+        key_clip: torch.Tensor | None = None,
     ) -> GroupStorage:
         """Zero-filled storage, every page unmapped.
 
@@ -99,9 +107,11 @@ class GroupStorage:
         Args:
             superblocks: superblocks per arena of the group.
             key_scale: positive fp32 ``[L, H, D]``, or None for the identity.
+            key_clip: fp32 ``[L, H]`` in (0, 1], or None for whole ranges.
 
         Raises:
-            ValueError: a dtype, count or shape that does not fit, or a scale that is not positive.
+            ValueError: a dtype, count or shape that does not fit, a scale that is not positive, or a clip
+                factor outside (0, 1].
         """
         layers, arenas_n = len(group.layers), len(group.arena_sides)
         h, d, p = shape.num_kv_heads, shape.head_dim, shape.page_size
@@ -120,6 +130,12 @@ class GroupStorage:
             key_scale = key_scale.to(device=device, dtype=torch.float32).contiguous()
             if not bool((torch.isfinite(key_scale) & (key_scale > 0)).all()):
                 raise ValueError("key_scale must be positive and finite everywhere")
+        if key_clip is not None:
+            if tuple(key_clip.shape) != (layers, h):
+                raise ValueError(f"key_clip must have shape {(layers, h)}, got {tuple(key_clip.shape)}")
+            key_clip = key_clip.to(device=device, dtype=torch.float32).contiguous()
+            if not bool(((key_clip > 0) & (key_clip <= 1)).all()):
+                raise ValueError("key_clip must be above 0 and at most 1 everywhere")
 
         def arena(side: int) -> torch.Tensor:
             n = counts[0 if group.shared else side] * UNITS_PER_SUPERBLOCK * shape.unit_bytes
@@ -141,6 +157,8 @@ class GroupStorage:
             meta=(side_array(0), side_array(1)),
             table=torch.full((arenas_n, num_pages + 1), UNMAPPED, dtype=torch.int32, device=device),
             key_scale=key_scale,
+            key_clip=key_clip,
+            clip_edge=None if key_clip is None else clip_edges(key_clip),
             clipped_groups=torch.zeros((), dtype=torch.int64, device=device),
             dropped_rows=torch.zeros((), dtype=torch.int64, device=device),
             unmapped_reads=torch.zeros((), dtype=torch.int64, device=device),
@@ -216,9 +234,10 @@ class GroupStorage:
 
     @property
     def constant_bytes(self) -> int:
-        """Bytes of what does not depend on the number of pages: key scales, counters."""
-        scale = 0 if self.key_scale is None else self.key_scale.nbytes
-        return scale + self.clipped_groups.nbytes + self.dropped_rows.nbytes + self.unmapped_reads.nbytes
+        """Bytes of what does not depend on the number of pages: key scales, clip factors, counters."""
+        constants = (self.key_scale, self.key_clip, self.clip_edge)
+        counters = (self.clipped_groups, self.dropped_rows, self.unmapped_reads)
+        return sum(t.nbytes for t in (*constants, *counters) if t is not None)
 
 
 def allocate_pool(
@@ -226,18 +245,22 @@ def allocate_pool(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     key_scales: Sequence[torch.Tensor | None] | None = None,
+    key_clips: Sequence[torch.Tensor | None] | None = None,
 ) -> tuple[GroupStorage, ...]:
     """One ``GroupStorage`` per layer group of a geometry; their ``nbytes`` sum to ``total_bytes``.
 
     Args:
         key_scales: per group, fp32 ``[L, H, D]`` or None.
+        key_clips: per group, fp32 ``[L, H]`` or None.
     """
     scales = [None] * len(geometry.groups) if key_scales is None else list(key_scales)
-    if len(scales) != len(geometry.groups):
-        raise ValueError(f"expected {len(geometry.groups)} key scales, got {len(scales)}")
+    shares = [None] * len(geometry.groups) if key_clips is None else list(key_clips)
+    for name, given in (("key scales", scales), ("clip factors", shares)):
+        if len(given) != len(geometry.groups):
+            raise ValueError(f"expected {len(geometry.groups)} {name}, got {len(given)}")
     pool = tuple(
-        GroupStorage.allocate(geometry.shape, g, n, geometry.num_pages, dtype, device, s)
-        for g, n, s in zip(geometry.groups, geometry.superblocks, scales, strict=True)
+        GroupStorage.allocate(geometry.shape, g, n, geometry.num_pages, dtype, device, s, c)
+        for g, n, s, c in zip(geometry.groups, geometry.superblocks, scales, shares, strict=True)
     )
     assert sum(s.nbytes for s in pool) == geometry.total_bytes
     assert all(len(s.arenas) == len(SIDES) for s in pool)

@@ -78,7 +78,8 @@ def _small_twin(storage: GroupStorage) -> GroupStorage:
     """An empty storage of one layer and a few pages, alike in all that kernels are compiled for."""
     pages = len(storage.group.steps) + 1
     group = replace(storage.group, layers=(0,))
-    scale = None if storage.key_scale is None else torch.ones_like(storage.key_scale[:1])
+    one_layer = (storage.key_scale, storage.key_clip)
+    scale, clip = (None if t is None else torch.ones_like(t[:1]) for t in one_layer)
     superblocks = [2 * pages + 1] * len(storage.group.arena_sides)
-    return GroupStorage.allocate(storage.shape, group, superblocks, pages, storage.dtype, storage.device, scale)
+    return GroupStorage.allocate(storage.shape, group, superblocks, pages, storage.dtype, storage.device, scale, clip)
 

@@ -21,7 +21,9 @@ import numpy as np
 
 from sglang_pmkvq.formats import GROUP_SIZES, HEAD_DIMS, TIERS, LayerGroup, PageShape, groups_from_finals, page_bytes
 
-SCHEMA = 1
+# 2 added the tensor ``key_clip``; files of schema 1 have none and are read as they are.
+SCHEMA = 2
+READ_SCHEMAS = (1, 2)
 METADATA_KEY = "pmkvq"
 TRANSFORMS = ("none", "scale")
 
@@ -64,7 +66,8 @@ class Calibration:
         bytes_per_token: of K and V over all layers and heads at ``finals``, scales and zeros included.
         report: further figures for people (rank correlation, times), JSON.
         tensors: ``key_scale`` fp32 [L, H, D] (``scale`` only), ``key_max`` fp32 [L, H, D], ``taylor`` and
-            optionally ``kl`` fp64 [L, 2, W] for K and V at ``report["widths"]``.
+            optionally ``kl`` fp64 [L, 2, W] for K and V at ``report["widths"]``, optionally ``key_clip`` fp32
+            [L, H]: the middle share of their range that 2-bit codes of keys span, 1 where keys stay wider.
     """
 
     model: str
@@ -104,11 +107,17 @@ class Calibration:
         scale = self.tensors.get("key_scale")
         return None if scale is None else np.ascontiguousarray(scale[list(layers), heads])
 
+    def key_clip(self, layers: tuple[int, ...], heads: slice) -> np.ndarray | None:
+        """fp32 [len(layers), heads] of the clip factors, or None if ranges are whole."""
+        clip = self.tensors.get("key_clip")
+        return None if clip is None else np.ascontiguousarray(clip[list(layers), heads])
+
     def summary(self) -> dict[str, Any]:
         """For logs and ``/server_info``: small, JSON."""
         return {
             "model": self.model,
             "transform": self.transform,
+            "clipped": "key_clip" in self.tensors,
             "mean_bits": self.mean_bits,
             "bytes_per_token": self.bytes_per_token,
             "data_sha256": self.data.get("sha256"),
@@ -230,9 +239,10 @@ def load(path: str | os.PathLike[str]) -> Calibration:
         stored = header.pop("sha256")
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{name}: a safetensors file, but not a calibration: it has no pmkvq header") from error
-    if schema != SCHEMA:
+    if schema not in READ_SCHEMAS:
+        known = " and ".join(map(str, READ_SCHEMAS))
         raise ArtifactError(
-            f"{name}: schema version {schema!r}, this version of sglang-pmkvq reads {SCHEMA}; calibrate again"
+            f"{name}: schema version {schema!r}, this version of sglang-pmkvq reads {known}; calibrate again"
         )
     try:
         digest = _digest({"schema": schema, **header}, tensors)
@@ -286,6 +296,8 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "finals": lambda value: isinstance(value, list) and all(_ints(pair) and len(pair) == 2 for pair in value),
 }
 
+_TENSORS = {"key_scale", "key_max", "key_clip", "taylor", "kl"}
+
 
 def _validate(c: Calibration, name: str) -> None:
     problems = []
@@ -299,14 +311,21 @@ def _validate(c: Calibration, name: str) -> None:
         problems.append(f"unknown transform {c.transform!r}")
     if (c.transform == "scale") != ("key_scale" in c.tensors):
         problems.append(f"transform {c.transform!r} and tensors {sorted(c.tensors)} disagree")
-    shape = (c.num_layers, c.num_kv_heads, c.head_dim)
-    for key in ("key_scale", "key_max"):
+    unknown = sorted(set(c.tensors) - _TENSORS)
+    if unknown:
+        problems.append(f"unknown tensors {unknown}")
+    heads = (c.num_layers, c.num_kv_heads)
+    channels = (*heads, c.head_dim)
+    for key, shape in (("key_scale", channels), ("key_max", channels), ("key_clip", heads)):
         tensor = c.tensors.get(key)
         if tensor is not None and (tensor.shape != shape or tensor.dtype != np.float32):
             problems.append(f"{key} must be float32 {shape}, got {tensor.dtype} {tensor.shape}")
     scale = c.tensors.get("key_scale")
     if scale is not None and not bool(np.all(np.isfinite(scale) & (scale > 0))):
         problems.append("key_scale must be positive and finite")
+    clip = c.tensors.get("key_clip")
+    if clip is not None and not bool(np.all((clip > 0) & (clip <= 1))):
+        problems.append("key_clip must be above 0 and at most 1")
     for key in ("taylor", "kl"):
         tensor = c.tensors.get(key)
         if tensor is not None and (tensor.ndim != 3 or tensor.shape[:2] != (c.num_layers, 2)):

@@ -91,3 +91,14 @@ def group_key_scales(
         scale = None if group.k_final == 16 else calibration.key_scale(group.layers, heads)
         out.append(None if scale is None else torch.from_numpy(scale))
     return tuple(out)
+
+
+def group_key_clips(
+    calibration: artifact.Calibration, groups: tuple[LayerGroup, ...], heads: slice
+) -> tuple[torch.Tensor | None, ...]:
+    """Per layer group clip factors fp32 [L, H of this rank], or None where keys are not clipped or stay wider."""
+    out: list[torch.Tensor | None] = []
+    for group in groups:
+        clip = None if group.k_final != 2 else calibration.key_clip(group.layers, heads)
+        out.append(None if clip is None else torch.from_numpy(clip))
+    return tuple(out)

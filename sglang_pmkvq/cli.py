@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "calibrate",
-        help="choose final widths and key scales of a model",
+        help="choose final widths, key scales and clip factors of a model",
         description="Writes the file that --pmkvq-calibration serves from. An interrupted run goes on.",
     )
     parser.add_argument("--model", required=True, help="Llama, Qwen2, Qwen3 or Mistral, as transformers loads it")
@@ -106,6 +106,12 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--group-size", type=int, help="channels per scale and zero; default min(head_dim, 128)")
     parser.add_argument("--max-groups", type=int, default=4, help="bound on layer groups, default %(default)s")
     parser.add_argument("--transform", default="scale", help="scale (key channels) or none; default %(default)s")
+    parser.add_argument(
+        "--clip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="choose the share of their range that 2-bit codes of keys span by error; default %(default)s",
+    )
     parser.add_argument(
         "--sensitivity",
         default="kl",
@@ -144,6 +150,7 @@ def _calibrate(args: argparse.Namespace, extra: list[str]) -> int:
         group_size=args.group_size,
         max_groups=args.max_groups,
         transform=args.transform,
+        clip=args.clip,
         sensitivity=args.sensitivity,
         kl_samples=args.kl_samples,
         seed=args.seed,

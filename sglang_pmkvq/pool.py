@@ -51,6 +51,7 @@ class PoolSetup:
         stock_tokens: tokens that SGLang's own pool would hold in the same bytes.
         timeline: file to write the timeline to, or None.
         key_scales: per layer group, fp32 [L, H, D] or None; None: no group has any.
+        key_clips: per layer group, clip factors fp32 [L, H] or None; None: no group has any.
         calibration: what the calibration file says of itself, or None.
     """
 
@@ -61,6 +62,7 @@ class PoolSetup:
     stock_tokens: int
     timeline: str | None = None
     key_scales: tuple[torch.Tensor | None, ...] | None = None
+    key_clips: tuple[torch.Tensor | None, ...] | None = None
     calibration: dict[str, object] | None = None
 
     @property
@@ -144,7 +146,7 @@ class MixedPrecisionTokenPool(KVCache):
         self.head_num = head_num
         self.head_dim = head_dim
         self.v_head_dim = v_head_dim or head_dim
-        self.storages = allocate_pool(setup.geometry, dtype, device, setup.key_scales)
+        self.storages = allocate_pool(setup.geometry, dtype, device, setup.key_scales, setup.key_clips)
         self._place = {
             layer: (g, index)
             for g, group in enumerate(setup.groups)

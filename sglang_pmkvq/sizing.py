@@ -11,7 +11,7 @@ import torch
 from sglang.srt.layers.dp_attention import get_attention_tp_rank, get_attention_tp_size
 from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator, MemoryPoolConfig
 
-from sglang_pmkvq.calibration import group_key_scales, layer_finals, load_for, rank_heads
+from sglang_pmkvq.calibration import group_key_clips, group_key_scales, layer_finals, load_for, rank_heads
 from sglang_pmkvq.config import (
     PmkvqConfigError,
     Protection,
@@ -58,9 +58,11 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
         self._groups = groups_from_finals(layer_finals(args, runner.num_effective_layers, calibration))
         self._calibration = None if calibration is None else calibration.summary()
         self._key_scales: tuple[torch.Tensor | None, ...] | None = None
+        self._key_clips: tuple[torch.Tensor | None, ...] | None = None
         if calibration is not None:
             heads = rank_heads(calibration.num_kv_heads, get_attention_tp_size(), get_attention_tp_rank())
             self._key_scales = group_key_scales(calibration, self._groups, heads)
+            self._key_clips = group_key_clips(calibration, self._groups, heads)
         self._protection = Protection(args.pmkvq_window, args.pmkvq_sink_tokens, args.pmkvq_protect == "hard")
         self._budget = 0
         self.setup: PoolSetup | None = None
@@ -122,6 +124,7 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
             stock_tokens=budget // self._cell_size // args.page_size * args.page_size,
             timeline=rank_path(args.pmkvq_timeline, self._runner.tp_rank, self._runner.dp_rank),
             key_scales=self._key_scales,
+            key_clips=self._key_clips,
             calibration=self._calibration,
         )
         # The scheduler reads both after the pool is built, so what the reserve covers is what it may use.

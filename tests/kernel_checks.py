@@ -106,10 +106,11 @@ def check_page_layout(inputs: Inputs, page: int) -> None:
             codes = torch.zeros(x.shape, dtype=torch.int64)
             meta = torch.zeros(x.shape[0], x.shape[2] // g, p, 2, dtype=torch.float16)
             for h in range(x.shape[0]):
+                clip = 1.0 if side != K or storage.key_clip is None else float(storage.key_clip[layer, h])
                 for t in range(p):
                     for i in range(x.shape[2] // g):
                         got, zero, span = ref_codes.quantize_group(x[h, t, i * g : (i + 1) * g])
-                        codes[h, t, i * g : (i + 1) * g] = torch.tensor([ref_codes.chain(c, tier) for c in got])
+                        codes[h, t, i * g : (i + 1) * g] = torch.tensor([ref_codes.chain(c, tier, clip) for c in got])
                         meta[h, i, t, 0], meta[h, i, t, 1] = zero, span
             assert torch.equal(raw, ref_codes.pack_page(codes, tier).flatten()), "codes differ"
             side_array = storage.meta[side]

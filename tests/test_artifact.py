@@ -48,6 +48,7 @@ def example(**changes: Any) -> Calibration:
         "report": {"widths": [8, 4, 2]},
         "tensors": {
             "key_scale": np.exp(np.random.default_rng(0).normal(size=(2, 2, 64))).astype(np.float32),
+            "key_clip": np.array([[0.6, 0.75], [1, 1]], dtype=np.float32),
             "taylor": np.ones((2, 2, 3)),
         },
     }
@@ -146,11 +147,29 @@ def test_changed_header(path: Path, field: str, value: object) -> None:
         artifact.load(path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_unknown_version(path: Path, version: object) -> None:
     rewrite(path, header_of(path) | {"schema": version})
-    with pytest.raises(ArtifactError, match="schema version .* this version of sglang-pmkvq reads 1"):
+    with pytest.raises(ArtifactError, match="schema version .* this version of sglang-pmkvq reads 1 and 2"):
         artifact.load(path)
+
+
+def test_schema_1_is_read(path: Path) -> None:
+    """Files from before clip factors: the same fields, ranges whole."""
+    tensors = {name: t for name, t in load_file(path).items() if name != "key_clip"}
+    rewrite(path, signed(header_of(path) | {"schema": 1}, tensors), tensors)
+    read = artifact.load(path)
+    assert read.finals == example().finals
+    assert np.array_equal(read.tensors["key_scale"], example().tensors["key_scale"])
+    assert read.key_clip((0, 1), slice(0, 2)) is None
+    assert read.summary()["clipped"] is False
+
+
+def test_clip_factors_of_layers_and_heads(path: Path) -> None:
+    read, whole = artifact.load(path), example().tensors["key_clip"]
+    got = read.key_clip((0,), slice(1, 2))
+    assert got is not None and np.array_equal(got, whole[:1, 1:])
+    assert read.summary()["clipped"] is True
 
 
 def signed(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -179,6 +198,14 @@ def test_fields_that_do_not_fit(path: Path, change: dict[str, Any], says: str) -
         artifact.load(path)
 
 
+def test_unknown_tensors(path: Path) -> None:
+    """What a reader would not look at may have been meant to be."""
+    tensors = load_file(path) | {"value_clip": np.ones((2, 2), np.float32)}
+    rewrite(path, signed(header_of(path), tensors), tensors)
+    with pytest.raises(ArtifactError, match="unknown tensors .'value_clip'."):
+        artifact.load(path)
+
+
 @pytest.mark.parametrize(
     "scale",
     [np.ones((2, 2, 32), np.float32), np.ones((2, 2, 64)), np.zeros((2, 2, 64), np.float32)],
@@ -188,6 +215,16 @@ def test_scales_that_do_not_fit(tmp_path: Path, scale: np.ndarray) -> None:
     with pytest.raises(ArtifactError, match="key_scale must be"):
         artifact.save(example(tensors={"key_scale": scale}), tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [np.ones((2, 1), np.float32), np.ones((2, 2)), *(np.full((2, 2), x, np.float32) for x in (0, 1.1, np.nan))],
+    ids=["shape", "dtype", "zero", "above 1", "nan"],
+)
+def test_clip_factors_that_do_not_fit(tmp_path: Path, clip: np.ndarray) -> None:
+    with pytest.raises(ArtifactError, match="key_clip must be"):
+        artifact.save(example(tensors=example().tensors | {"key_clip": clip}), tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -273,6 +310,7 @@ def test_any_value_in_a_signed_header_is_refused_or_usable(path: Path, field: st
     json.dumps(read.summary())
     assert len(read.groups) >= 1
     assert read.key_scale((0,), slice(0, 1)) is not None
+    assert read.key_clip((0,), slice(0, 1)) is not None
     with contextlib.suppress(ArtifactError):
         artifact.check_model(read, "f", CONFIG)
 

@@ -17,7 +17,7 @@ from sglang_pmkvq import artifact
 from sglang_pmkvq.calib import run as calib_run
 from sglang_pmkvq.calib import sensitivity
 from sglang_pmkvq.calib.run import Settings, calibrate
-from sglang_pmkvq.calibration import group_key_scales, layer_finals, load_for, rank_heads
+from sglang_pmkvq.calibration import group_key_clips, group_key_scales, layer_finals, load_for, rank_heads
 from sglang_pmkvq.cli import main
 from sglang_pmkvq.config import PmkvqConfigError
 from sglang_pmkvq.formats import groups_from_finals
@@ -61,6 +61,14 @@ def test_architectures(architecture: str, facts: dict[str, Any], dtype: str, tmp
     kv_heads, head_dim = facts.get("kv_heads", 2), facts.get("head_dim", 64)
     assert got.tensors["key_scale"].shape == (2, kv_heads, head_dim)
     assert got.tensors["key_scale"].dtype == np.float32
+    clip = got.tensors.get("key_clip")
+    if any(k == 2 for k, _ in got.finals):
+        assert clip is not None and clip.shape == (2, kv_heads) and clip.dtype == np.float32
+        for layer, (k_bits, _) in enumerate(got.finals):
+            assert k_bits == 2 or (clip[layer] == 1).all()
+        assert clip.min() < 1  # whole ranges are far from the best that 2 bits can do
+    else:
+        assert clip is None
     for name in ("taylor", "kl"):
         assert got.tensors[name].shape == (2, 2, 3)
         assert np.isfinite(got.tensors[name]).all()
@@ -93,7 +101,7 @@ def test_interrupted_run_ends_the_same(
         calibrate(settings(model, data), out, quiet=True)
     assert not out.exists()
     work = tmp_path / "parts.safetensors.work"
-    assert {p.stem for p in work.iterdir()} >= {"ranges", "alphas", "taylor"}
+    assert {p.stem for p in work.iterdir()} >= {"ranges", "alphas", "clips", "taylor"}
     resumed = calibrate(settings(model, data), out, quiet=True)
     assert calls == 5  # two before, two after: nothing ran twice
     assert resumed.finals == whole.finals
@@ -137,6 +145,17 @@ def test_transform_none_and_16_bit_layers(small: tuple[Path, Path], tmp_path: Pa
     assert {bits for pair in got.finals for bits in pair} == {2, 16}
     groups = groups_from_finals(list(got.finals))
     assert group_key_scales(got, groups, slice(0, 4)) == (None,) * len(groups)
+
+
+def test_without_clipping(small: tuple[Path, Path], tmp_path: Path) -> None:
+    """Unwanted, or nothing ends at 2 bits."""
+    model, data = small
+    got = calibrate(settings(model, data, clip=False), tmp_path / "a", quiet=True)
+    assert any(k == 2 for k, _ in got.finals) and "key_clip" not in got.tensors
+    assert group_key_clips(got, got.groups, slice(0, 4)) == (None,) * len(got.groups)
+    assert got.summary()["clipped"] is False
+    wide = calibrate(settings(model, data, widths=(4, 8), target="5"), tmp_path / "b", quiet=True)
+    assert "key_clip" not in wide.tensors
 
 
 @pytest.mark.parametrize(
@@ -185,7 +204,7 @@ def test_commands(small: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captu
     assert "written" in capsys.readouterr().out
     assert main(["inspect", out, "--out", str(tmp_path / "p.png")]) == 0
     shown = capsys.readouterr().out
-    for word in ("bytes per token", "layer group", "Spearman", "K at 2", "sha256", "loss"):
+    for word in ("bytes per token", "layer group", "Spearman", "K at 2", "sha256", "loss", "clip"):
         assert word in shown
     assert (tmp_path / "p.png").stat().st_size > 5000
     assert main([*line[:-1], "1", "--target-bits", "1B"]) == 2
@@ -266,6 +285,17 @@ def test_key_scales_of_groups_and_ranks(calibration: tuple[Path, Path]) -> None:
         assert torch.equal(scale, whole[list(group.layers)][:, 2:4])
 
 
+def test_clip_factors_of_groups_and_ranks(calibration: tuple[Path, Path]) -> None:
+    c = artifact.load(calibration[1])
+    whole = torch.from_numpy(c.tensors["key_clip"])
+    assert any(g.k_final == 2 for g in c.groups)
+    for group, clip in zip(c.groups, group_key_clips(c, c.groups, slice(2, 4)), strict=True):
+        if group.k_final != 2:
+            assert clip is None
+        else:
+            assert clip is not None and torch.equal(clip, whole[list(group.layers), 2:4])
+
+
 def test_pool_holds_the_scales_of_its_groups(calibration: tuple[Path, Path]) -> None:
     """What start-up hands to the pool ends in the storage that codes are made and read with."""
     from sglang_pmkvq.config import Limits
@@ -276,8 +306,9 @@ def test_pool_holds_the_scales_of_its_groups(calibration: tuple[Path, Path]) -> 
     c = artifact.load(calibration[1])
     geometry = geometry_for_pages(PageShape(16, 4, 64, 64), c.groups, 8, 2)
     scales = group_key_scales(c, c.groups, slice(0, 4))
+    clips = group_key_clips(c, c.groups, slice(0, 4))
     setup = PoolSetup(
-        geometry, PolicyConfig(), Limits(1, 16, 2), geometry.total_bytes, 64, key_scales=scales,
+        geometry, PolicyConfig(), Limits(1, 16, 2), geometry.total_bytes, 64, key_scales=scales, key_clips=clips,
         calibration=c.summary(),
     )  # fmt: skip
     pool = MixedPrecisionTokenPool(setup, 128, 16, torch.bfloat16, 4, 64, c.num_layers, "cpu", False)
@@ -286,6 +317,11 @@ def test_pool_holds_the_scales_of_its_groups(calibration: tuple[Path, Path]) -> 
         held = pool.storages[group].key_scale
         assert held is not None
         assert np.array_equal(held[index].numpy(), c.tensors["key_scale"][layer])
+        clip = pool.storages[group].key_clip
+        if c.finals[layer][0] == 2:
+            assert clip is not None and np.array_equal(clip[index].numpy(), c.tensors["key_clip"][layer])
+        else:
+            assert clip is None
     assert "calibrated for" in pool.log_line()
     assert json.dumps(setup.summary())  # what /server_info sends
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import summary
+from benchmarks import report, summary
 from tests.test_server_modes import MATRIX, SAMPLE
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "benchmarks" / "reasoner" / "README.md"])
+DOCS = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "benchmarks" / "reasoner" / "README.md"])
 
 
 def test_results_page_is_made_from_the_result_files() -> None:
@@ -22,9 +23,17 @@ def test_headline_of_the_readme_is_from_the_result_file() -> None:
     assert summary.headline() in (ROOT / "README.md").read_text()
 
 
-def test_every_result_file_is_on_the_page() -> None:
+def test_every_result_file_is_on_a_page() -> None:
     named = {name for name, *_ in summary.SECTIONS}
-    assert {path.stem for path in summary.RESULTS.glob("*.json")} <= named
+    other = {path for path in summary.RESULTS.glob("*.json") if path.stem not in named}
+    assert {json.loads(path.read_text())["benchmark"] for path in other} <= set(report.KINDS)
+
+
+def test_report_is_made_from_the_result_files() -> None:
+    page = ROOT / "docs" / "results" / "report.md"
+    assert page.read_text() == report.markdown(report.sections(summary.RESULTS)), "run `pmkvq report` as the page says"
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
+        assert (page.parent / picture).is_file(), picture
 
 
 def test_what_the_support_matrix_calls_tested_is_a_case() -> None:

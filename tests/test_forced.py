@@ -38,13 +38,14 @@ def stepwise(model: Llama, tokens: torch.Tensor, widths: Widths) -> torch.Tensor
             q, k, v = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
             keys[index].append(k[0, 0, 0].bfloat16().float())
             values[index].append(v[0, 0, 0].bfloat16().float())
-            k_bits, v_bits = widths.finals[index]
             scale = None if widths.key_scale is None else widths.key_scale[index, 0]
             read_k, read_v = [], []
             for j in range(t + 1):
                 low = j >= SINK and t - j >= WINDOW
-                read_k.append(fake_quantize(keys[index][j], k_bits if low else 16, 128, scale if low else None))
-                read_v.append(fake_quantize(values[index][j], v_bits if low else 16, 128))
+                clip = None if widths.key_clip is None else widths.key_clip[index, 0]
+                k_bits, v_bits = widths.finals[index] if low else (16, 16)
+                read_k.append(fake_quantize(keys[index][j], k_bits, 128, scale if low else None, clip))
+                read_v.append(fake_quantize(values[index][j], v_bits, 128))
             p = (q[0, :, 0] @ torch.stack(read_k).T / 128**0.5).softmax(-1)
             x = x + layer.self_attn.o_proj((p @ torch.stack(read_v)).flatten()[None, None])
             x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -52,12 +53,13 @@ def stepwise(model: Llama, tokens: torch.Tensor, widths: Widths) -> torch.Tensor
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_one_pass_equals_steps(model: Llama, scaled: bool) -> None:
+@pytest.mark.parametrize("scaled,clipped", [(False, False), (True, False), (True, True)])
+def test_one_pass_equals_steps(model: Llama, scaled: bool, clipped: bool) -> None:
     gen = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 64, (LENGTH,), generator=gen)
     scale = torch.exp(torch.randn(2, 1, 128, generator=gen)) if scaled else None
-    widths = Widths(FINALS, scale)
+    clip = torch.tensor([[0.9], [0.6]]) if clipped else None
+    widths = Widths(FINALS, scale, key_clip=clip)
     with torch.no_grad():
         got = logits(model, tokens, widths, 5, WINDOW)
         exact = logits(model, tokens, Widths(((16, 16),) * 2), 5, WINDOW)

@@ -63,11 +63,12 @@ def test_extend_of_random_mixes(shape, finals):
 
 
 @pytest.mark.parametrize("step", range(4))
-@pytest.mark.parametrize("key_scale", [False, True])
-def test_every_step_alone_in_every_layer(step, key_scale):
+@pytest.mark.parametrize("key_scale,key_clip", [(False, False), (True, False), (False, True), (True, True)])
+def test_every_step_alone_in_every_layer(step, key_scale, key_clip):
     page_shape, heads = case(0)
     group = LayerGroup((2, 5, 9), 4, 2)
-    inputs = make_inputs(step, page_shape, group, [50, 16], steps=step, query_heads=heads, key_scale=key_scale)
+    more = {"query_heads": heads, "key_scale": key_scale, "key_clip": key_clip}
+    inputs = make_inputs(step, page_shape, group, [50, 16], steps=step, **more)
     check_decode(inputs)
     check_extend(inputs, [30, 15])
 

@@ -50,6 +50,30 @@ def test_shift_down_is_the_chain_of_shifts():
     assert [ref.chain(c, 2) for c in range(256)] == chain.tolist()
 
 
+CLIPS = [1.0, 0.95, 0.9, 0.85, 0.7, 0.65, 0.5, 0.35, 0.3, 0.1, 0.01]
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_a_clipped_shift_goes_to_the_nearest_level(clip):
+    """Every 4-bit code, and every 8-bit one through the chain; whole ranges give the equivalent right shift."""
+    share = torch.tensor(clip)
+    edge = codec.clip_edges(share)
+    assert 3 <= int(edge) <= 8
+    codes = torch.arange(16, dtype=torch.uint8)
+    want = [ref.clipped_shift_code(c, float(share)) for c in range(16)]
+    got = codec.shift_clipped(codes, edge)
+    assert got.dtype == torch.uint8 and got.tolist() == want
+    assert want == [3 - c for c in reversed(want)]  # both ends are clipped alike
+    levels = 15 * ((1 - clip) / 2 + clip * torch.arange(4) / 3)
+    nearest = (codes[:, None] - levels).abs().min(1).values
+    assert torch.allclose((codes - levels[got.long()]).abs(), nearest, atol=1e-5)
+    if clip == 1:
+        assert torch.equal(got, codec.shift_codes(codes, 2))
+    wide = torch.arange(256, dtype=torch.uint8)
+    assert codec.shift_down(wide, 8, 2, edge).tolist() == [ref.chain(c, 2, float(share)) for c in range(256)]
+    assert torch.equal(codec.shift_down(wide, 8, 4, edge), codec.shift_codes(wide, 4)), "only the last step clips"
+
+
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_pack_is_planar_and_unpack_inverts_it(bits, dim):

@@ -39,15 +39,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_decode_and_extend(finals, shape, dtype):
     p = shape[0]
     lens = [*boundary_lens(p), WINDOW - 1, WINDOW + 1, 700]
-    inputs = inputs_of(shape[1] + finals[1], finals, shape, dtype, lens)
+    inputs = inputs_of(shape[1] + finals[1], finals, shape, dtype, lens, key_clip=p == 16)
     check_decode(inputs, device="cuda")
     check_decode(inputs, logit_cap=3.0, device="cuda")
     check_extend(inputs, [0, 0, p - 1, 1, p + 2, WINDOW - 40, WINDOW, 690], device="cuda")
 
 
 @pytest.mark.parametrize("src,dst", [(16, 16), (8, 8), (16, 8), (16, 4), (16, 2), (8, 4), (8, 2), (4, 2)])
-def test_copies_leave_the_bytes_of_the_torch_path(src, dst):
-    inputs = make_inputs(3, PageShape(16, 3, 128, 64), LayerGroup((0, 1), 2, 2), [16 * 9], steps=0, key_scale=True)
+@pytest.mark.parametrize("key_clip", [False, True])
+def test_copies_leave_the_bytes_of_the_torch_path(src, dst, key_clip):
+    group = LayerGroup((0, 1), 2, 2)
+    inputs = make_inputs(3, PageShape(16, 3, 128, 64), group, [16 * 9], steps=0, key_scale=True, key_clip=key_clip)
     storages = [inputs.storage, on_device(inputs.storage, "cuda")]
     pages, units = np.array(inputs.pages(0)), np.arange(9) * 8
     for storage in storages:

@@ -79,6 +79,10 @@ def test_views_cover_the_arena():
         ({"num_pages": 0}, "num_pages must be positive, got 0"),
         ({"key_scale": torch.ones(1, 2, 64)}, r"key_scale must have shape \(2, 2, 64\)"),
         ({"key_scale": torch.zeros(2, 2, 64)}, "positive and finite"),
+        ({"key_clip": torch.ones(1, 2)}, r"key_clip must have shape \(2, 2\)"),
+        ({"key_clip": torch.zeros(2, 2)}, "key_clip must be above 0"),
+        ({"key_clip": torch.full((2, 2), 1.5)}, "at most 1 everywhere"),
+        ({"key_clip": torch.full((2, 2), torch.nan)}, "at most 1 everywhere"),
     ],
 )
 def test_allocate_refuses(change, match):
@@ -132,12 +136,12 @@ def test_store_refuses_shrunk_and_unmapped_pages():
     assert all(torch.equal(a, b) for a, b in zip(snapshot(storage)[:2], before[:2], strict=True))
 
 
-@pytest.mark.parametrize("key_scale", [False, True])
+@pytest.mark.parametrize("key_scale,key_clip", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("group", GROUPS, **by_name)
-def test_pages_hold_what_the_definition_says_at_every_step(group, key_scale):
+def test_pages_hold_what_the_definition_says_at_every_step(group, key_scale, key_clip):
     steps = list(range(len(group.steps)))
     shape = PageShape(16, 2, 64, 32)
-    inputs = make_inputs(2, shape, group, [16 * len(steps)], steps=steps, key_scale=key_scale)
+    inputs = make_inputs(2, shape, group, [16 * len(steps)], steps=steps, key_scale=key_scale, key_clip=key_clip)
     for page in inputs.pages(0):
         check_page_layout(inputs, page)
 

@@ -13,19 +13,23 @@ from sglang_pmkvq.kernels.reference.inputs import make_inputs
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_fake_quantize_equals_the_definition(bits, scaled):
+@pytest.mark.parametrize("clipped", [False, True])
+def test_fake_quantize_equals_the_definition(bits, scaled, clipped):
     gen = torch.Generator().manual_seed(bits)
     x = torch.randn(3, 2, 64, generator=gen) * 4 + 1
     x[0, 0, 3] = 1e6
     x[0, 1] = 2.5
     scale = torch.rand(2, 64, generator=gen) + 0.5 if scaled else None
-    got = ref.fake_quantize(x, bits, 32, scale)
+    clip = torch.tensor([0.6, 0.9]) if clipped else None
+    got = ref.fake_quantize(x, bits, 32, scale, clip)
     for a in range(3):
         for b in range(2):
             for i in (slice(0, 32), slice(32, 64)):
                 s = torch.ones(32) if scale is None else scale[b, i]
                 codes, zero, span = ref.quantize_group(x[a, b, i] / s)
-                codes_b = torch.tensor([ref.chain(c, bits) for c in codes])
+                share = 1.0 if clip is None or bits != 2 else clip[b]
+                codes_b = torch.tensor([ref.chain(c, bits, float(share)) for c in codes])
+                zero, span = ref.clipped_range(zero, span, share)
                 assert torch.equal(got[a, b, i], ref.dequantize(codes_b, zero, span, bits) * s)
 
 
@@ -39,12 +43,12 @@ def test_fake_quantize_at_16_bits_is_the_identity_and_bad_arguments_are_refused(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("key_scale", [False, True])
-@pytest.mark.parametrize("group", [LayerGroup((0, 1), 2, 2), LayerGroup((0, 1), 8, 4)], ids=lambda g: g.name())
-def test_fake_quantize_equals_what_a_pool_reads_back(group, key_scale, dtype):
+@pytest.mark.parametrize("key_scale,key_clip", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("group", [LayerGroup((0, 1), *f) for f in ((2, 2), (8, 4), (2, 4))], ids=lambda g: g.name())
+def test_fake_quantize_equals_what_a_pool_reads_back(group, key_scale, key_clip, dtype):
     """The end-to-end oracle: the same values, whether from a pool after its shrinks or faked at once."""
     shape = PageShape(16, 2, 64, 32)
-    inputs = make_inputs(5, shape, group, [64], key_scale=key_scale, dtype=dtype)
+    inputs = make_inputs(5, shape, group, [64], key_scale=key_scale, key_clip=key_clip, dtype=dtype)
     storage = inputs.storage
     for page in inputs.pages(0):
         k_tier, v_tier = group.steps[inputs.steps[page]]
@@ -52,8 +56,9 @@ def test_fake_quantize_equals_what_a_pool_reads_back(group, key_scale, dtype):
             for layer in range(2):
                 x = inputs.written[side][layer, page * 16 : (page + 1) * 16]
                 scale = None if side or storage.key_scale is None else storage.key_scale[layer]
+                share = None if side or storage.key_clip is None else storage.key_clip[layer]
                 got = read_page(storage, side, layer, page)
-                assert torch.equal(ref.fake_quantize(x.float(), tier, 32, scale), got), (side, tier)
+                assert torch.equal(ref.fake_quantize(x.float(), tier, 32, scale, share), got), (side, tier)
 
 
 def test_reference_attention_is_torch_attention():

@@ -26,20 +26,30 @@ pytestmark = pytest.mark.server
 
 
 def test_bundled_model_is_calibrated_and_answers(tmp_path: Path) -> None:
-    """A few samples, the whole cache at final widths: right answers, and log-probabilities that only the key
-    scales of the file explain."""
+    """A few samples, the whole cache at final widths, keys of one layer at 2 bits: right answers, and
+    log-probabilities that only the key scales and the clip factors of the file explain."""
     path = tmp_path / "c.safetensors"
     settings = Settings(
         str(REASONER), "builtin", "5", samples=2, seq_len=400, effective="1600", widths=(4, 8), kl_samples=1
     )
     made = calibrate(settings, path, quiet=True)
+    finals = (*made.finals[:-1], (2, made.finals[-1][1]))
+    clip = np.ones((made.num_layers, made.num_kv_heads), np.float32)
+    clip[-1] = 0.6
+    made = dataclasses.replace(
+        made,
+        finals=finals,
+        bytes_per_token=artifact.token_bytes(made.num_kv_heads, made.head_dim, made.group_size, finals),
+        tensors={**made.tensors, "key_clip": clip},
+    )
+    artifact.save(made, path)
     case = Case("calibrated", "", "static", 0, "64MiB", str(path))
     problems = problem_set(3, 30, 36, first=400)
     ids, _ = prompt_ids(REASONER, problems)
     tokenizer = AutoTokenizer.from_pretrained(REASONER)
     with serve(REASONER, case.args()) as server:
         info = server.pool()
-        assert info["calibration"]["transform"] == "scale"
+        assert info["calibration"]["transform"] == "scale" and info["calibration"]["clipped"]
         assert [(tuple(g["layers"]), g["k_final"], g["v_final"]) for g in info["groups"]] == [
             (g.layers, g.k_final, g.v_final) for g in made.groups
         ]
@@ -50,21 +60,24 @@ def test_bundled_model_is_calibrated_and_answers(tmp_path: Path) -> None:
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _ in served]
     assert sum(check(p, text) for p, text in zip(problems, texts, strict=True)) >= 2
     model = load(REASONER)
-    plain = dataclasses.replace(case, calibration=str(tmp_path / "plain"))
+    plain, whole = (dataclasses.replace(case, calibration=str(tmp_path / name)) for name in ("plain", "whole"))
     tensors = {k: t for k, t in made.tensors.items() if k != "key_scale"}
     artifact.save(dataclasses.replace(made, transform="none", tensors=tensors), plain.calibration)
-    with_scale, without = (
+    tensors = {k: t for k, t in made.tensors.items() if k != "key_clip"}
+    artifact.save(dataclasses.replace(made, tensors=tensors), whole.calibration)
+    as_served, unscaled, unclipped = (
         np.concatenate(
             [
                 np.abs(replay(model, c, prompt, output)[0] - np.array(logprobs))
                 for prompt, (output, logprobs) in zip(ids, served, strict=True)
             ]
         )
-        for c in (case, plain)
+        for c in (case, plain, whole)
     )
-    # 1e-6 against 3e-6: at 8 and 4 bits both are small, and what is left is the rounding of bf16.
-    assert with_scale.mean() < 1e-5
-    assert with_scale.mean() < without.mean() / 1.5
+    # 1.5e-6 against 3.9e-6 and 2.9e-6: all are small, and what is left is the rounding of bf16.
+    assert as_served.mean() < 1e-5
+    assert as_served.mean() < unscaled.mean() / 1.5
+    assert as_served.mean() < unclipped.mean() / 1.5
 
 
 FACTS: dict[str, dict[str, Any]] = {"qwen2": {"heads": 8, "kv_heads": 1}, "qwen3": {"heads": 4, "kv_heads": 4}}

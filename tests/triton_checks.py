@@ -59,16 +59,14 @@ def inputs_of(
 def on_device(storage: GroupStorage, device: str) -> GroupStorage:
     """The same storage on a device."""
     arenas, meta = (tuple(None if t is None else t.to(device) for t in x) for x in (storage.arenas, storage.meta))
-    scale = None if storage.key_scale is None else storage.key_scale.to(device)
-    return dataclasses.replace(
-        storage, arenas=arenas, meta=meta, table=storage.table.to(device), key_scale=scale,
-        clipped_groups=storage.clipped_groups.to(device), dropped_rows=storage.dropped_rows.to(device),
-        unmapped_reads=storage.unmapped_reads.to(device),
-    )  # fmt: skip
+    counters = ("clipped_groups", "dropped_rows", "unmapped_reads")
+    others = {name: getattr(storage, name) for name in ("table", "key_scale", "key_clip", "clip_edge", *counters)}
+    others = {name: None if t is None else t.to(device) for name, t in others.items()}
+    return dataclasses.replace(storage, arenas=arenas, meta=meta, **others)
 
 
 def fenced(storage: GroupStorage) -> tuple[GroupStorage, list[torch.Tensor]]:
-    """The same storage with arenas, side arrays, table and key scale between sentinel bytes; the fenced bytes."""
+    """The same storage with arenas, side arrays, table and constants between sentinel bytes; the fenced bytes."""
     whole: list[torch.Tensor] = []
 
     def inner(old: torch.Tensor | None) -> torch.Tensor | None:
@@ -77,7 +75,7 @@ def fenced(storage: GroupStorage) -> tuple[GroupStorage, list[torch.Tensor]]:
         whole.append(torch.full((old.nbytes + 2 * FENCE,), 0xA5, dtype=torch.uint8, device=old.device))
         return whole[-1][FENCE:-FENCE].view(old.dtype).view(old.shape).copy_(old)
 
-    fields = {"table": inner(storage.table), "key_scale": inner(storage.key_scale)}
+    fields = {name: inner(getattr(storage, name)) for name in ("table", "key_scale", "key_clip", "clip_edge")}
     fields |= {name: tuple(inner(t) for t in getattr(storage, name)) for name in ("arenas", "meta")}
     return dataclasses.replace(storage, **fields), whole
 

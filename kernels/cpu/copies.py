@@ -55,13 +55,18 @@ def _quantize(storage: GroupStorage, side: int, dst_tier: int, page: torch.Tenso
     q = codec.quantize(x, s.group_size)
     meta.index_copy_(1, page, q.meta.transpose(3, 4).contiguous())
     storage.clipped_groups.add_(q.clipped)
-    return codec.pack(codec.shift_down(q.codes, 8, dst_tier), dst_tier).flatten(2)
+    return codec.pack(codec.shift_down(q.codes, 8, dst_tier, _edge(storage, side)), dst_tier).flatten(2)
 
 
 def _shift(storage: GroupStorage, side: int, src_tier: int, dst_tier: int, src: torch.Tensor) -> torch.Tensor:
     """Bytes ``[L, n, code_bytes]`` of quantized blocks at a lower tier; (zero, range) stay as they are."""
     s = storage.shape
     data = storage.blocks(side, src_tier).index_select(1, src)
-    rows = data.view(*data.shape[:2], -1, s.head_dim * src_tier // 8)
-    wide = codec.shift_down(codec.unpack(rows, src_tier), src_tier, dst_tier)
+    rows = data.view(*data.shape[:2], s.num_kv_heads, s.page_size, s.head_dim * src_tier // 8)
+    wide = codec.shift_down(codec.unpack(rows, src_tier), src_tier, dst_tier, _edge(storage, side))
     return codec.pack(wide, dst_tier).flatten(2)
+
+
+def _edge(storage: GroupStorage, side: int) -> torch.Tensor | None:
+    """Clip edges of a side, to be broadcast against codes ``[L, n, H, P, D]``."""
+    return None if side != K or storage.clip_edge is None else storage.clip_edge[:, None, :, None, None]

@@ -130,11 +130,18 @@ def _codes(storage: GroupStorage, side: int, layer: int, tile: Tile) -> torch.Te
 
 
 def _zero_scale(storage: GroupStorage, side: int, layer: int, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
-    """zero and scale = range/(2^b − 1) of a tile, fp32 ``[B, D/G, C*P]`` each, free to be changed."""
+    """zero and scale = range/(2^b − 1) of a tile, fp32 ``[B, D/G, C*P]`` each, free to be changed.
+
+    2-bit codes of keys span the middle share of the stored range that ``storage.key_clip`` says.
+    """
     s = storage.shape
     got = storage.meta_rows(side, layer).index_select(0, tile.meta_rows)
     got = got.view(-1, tile.pages_per_item, s.groups_per_head, s.page_size, 2).permute(4, 0, 2, 1, 3)
     zero, span = got.to(torch.float32, memory_format=torch.contiguous_format).flatten(3).unbind(0)
+    if side == K and tile.tiers[side] == 2 and storage.key_clip is not None:
+        share = storage.key_clip[layer].repeat(tile.items)[:, None, None]
+        zero.addcmul_(span, 0.5 - 0.5 * share)
+        span.mul_(share)
     return zero, span.div_((1 << tile.tiers[side]) - 1)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from sglang_pmkvq.formats import STEP_BITS, STEP_MASK, UNITS_PER_SUPERBLOCK, K, tier_units
-from sglang_pmkvq.kernels.reference.codes import dequantize, unpack_page
+from sglang_pmkvq.kernels.reference.codes import clipped_range, dequantize, unpack_page
 from sglang_pmkvq.kernels.storage import GroupStorage
 
 
@@ -68,7 +68,10 @@ def read_page(storage: GroupStorage, side: int, layer: int, page: int) -> torch.
     assert meta is not None
     pair = meta[layer, page]  # [H, D/G, P, 2]
     pair = pair.permute(0, 2, 1, 3).repeat_interleave(shape.group_size, dim=2)  # [H, P, D, 2]
-    values = dequantize(codes, pair[..., 0], pair[..., 1], tier)
+    zero, span = pair[..., 0], pair[..., 1]
+    if side == K and tier == 2 and storage.key_clip is not None:
+        zero, span = clipped_range(zero, span, storage.key_clip[layer][:, None, None])
+    values = dequantize(codes, zero, span, tier)
     if side == K and storage.key_scale is not None:
         values = values * storage.key_scale[layer][:, None, :]
     return values.transpose(0, 1)

@@ -6,6 +6,7 @@ Nothing here is imported by the fast paths, and nothing of theirs is used here.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 
@@ -33,13 +34,31 @@ def shift_code(code: int, dst_bits: int) -> int:
     return math.floor(code / (2**dst_bits + 1) + 0.5)
 
 
-def chain(code: int, bits: int) -> int:
-    """An 8-bit code after the shifts down to ``bits``."""
+def clipped_shift_code(code: int, clip: float) -> int:
+    """One 4-bit code as one of 2 bits that spans the middle share ``clip`` of the range: the nearest of four levels.
+
+    On the scale of 4-bit codes level j lies at 15·((1 − clip)/2 + clip·j/3). Ties go to the inner level; without
+    clipping there are none, and this is ``shift_code(code, 2)``.
+    """
+    share = Fraction(clip)
+    levels = [15 * ((1 - share) / 2 + share * j / 3) for j in range(4)]
+    return min(range(4), key=lambda j: (abs(levels[j] - code), abs(2 * j - 3)))
+
+
+def chain(code: int, bits: int, clip: float = 1.0) -> int:
+    """An 8-bit code after the shifts down to ``bits``; ``clip`` acts in the last one, from 4 to 2 bits."""
     width = 8
     while width > bits:
         width //= 2
-        code = shift_code(code, width)
+        code = clipped_shift_code(code, clip) if width == 2 else shift_code(code, width)
     return code
+
+
+def clipped_range(
+    zero: torch.Tensor, span: torch.Tensor, clip: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 zero and range of the middle share ``clip`` of a stored (zero, range): how 2-bit codes are read."""
+    return zero.float() + span.float() * ((1.0 - clip) / 2.0), span.float() * clip
 
 
 def dequantize(codes: torch.Tensor, zero: torch.Tensor, span: torch.Tensor, bits: int) -> torch.Tensor:
@@ -73,13 +92,20 @@ def unpack_page(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64).view(*packed.shape[:2], -1)
 
 
-def fake_quantize(x: torch.Tensor, bits: int, group_size: int, key_scale: torch.Tensor | None = None) -> torch.Tensor:
+def fake_quantize(
+    x: torch.Tensor,
+    bits: int,
+    group_size: int,
+    key_scale: torch.Tensor | None = None,
+    clip: torch.Tensor | None = None,
+) -> torch.Tensor:
     """What a reader of the pool sees instead of ``x [..., D]`` at ``bits``: same shape and dtype.
 
     The pool's chain (16 → 8 → … → bits), fp16 (zero, range) included; 16 bits return ``x`` itself.
     With ``key_scale [..., D]`` (broadcast against ``x``) x / s is quantized and the result multiplied
-    by s. Meant as an end-to-end oracle on another framework's cache, so it works on whole tensors;
-    ``quantize_group`` is the definition that it is tested against.
+    by s. At 2 bits codes span the middle share ``clip [...]`` (fp32, broadcast against ``x[..., 0]``) of each
+    range. Meant as an end-to-end oracle on another framework's cache, so it works on whole tensors;
+    ``quantize_group`` and ``chain`` are the definitions that it is tested against.
 
     Raises:
         ValueError: a width or group size that the pool does not have.
@@ -103,6 +129,14 @@ def fake_quantize(x: torch.Tensor, bits: int, group_size: int, key_scale: torch.
     codes = torch.round((groups - zero) * 255.0 / divisor).clamp(0, 255)
     codes = torch.where((span > 0) & ~broken, codes, torch.zeros_like(codes))
     width = 8
+    if bits == 2 and clip is not None:
+        codes = torch.floor(codes / 17 + 0.5)
+        clip = clip.expand(x.shape[:-1])[..., None, None]
+        # Half-way between levels 0 and 1, and between 2 and 3, on the scale of 4-bit codes; exact in fp64.
+        low, high = 7.5 - 5 * clip.double(), 7.5 + 5 * clip.double()
+        codes = (codes >= low).float() + (codes >= 8) + (codes > high)
+        zero, span = clipped_range(zero, span, clip)
+        width = 2
     while width > bits:
         width //= 2
         # Exact in fp32: code/(2^b + 1) + 1/2 is at least 1/34 away from an integer it does not equal,

@@ -85,10 +85,16 @@ def shift_once(codes, B: tl.constexpr):
 
 
 @triton.jit
-def shift_down(codes, SRC: tl.constexpr, DST: tl.constexpr):
-    """int32 codes of SRC bits as codes of DST bits, one equivalent right shift per halving."""
+def shift_down(codes, SRC: tl.constexpr, DST: tl.constexpr, edge):
+    """int32 codes of SRC bits as codes of DST bits, one equivalent right shift per halving.
+
+    ``edge`` (int32 or None) clips the range in the step from 4 to 2 bits, see ``kernels/cpu/codes.py``.
+    """
     if SRC >= 8 and DST <= 4:
         codes = shift_once(codes, 4)
     if SRC >= 4 and DST <= 2:
-        codes = shift_once(codes, 2)
+        if edge is None:
+            codes = shift_once(codes, 2)
+        else:
+            codes = (codes >= edge).to(tl.int32) + (codes >= 8).to(tl.int32) + (codes >= 16 - edge).to(tl.int32)
     return codes

@@ -5,11 +5,11 @@ import triton.language as tl
 from sglang_pmkvq.kernels.triton.attend import LN2, attend_step
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(do_not_specialize=["num_requests"], do_not_specialize_on_alignment=["key_clip"])
 def decode_kernel(
     q, q_stride_t, q_stride_h,
     part_out, part_lse,  # fp32 [items, Hq, D], [items, Hq] natural log
-    k16, v16, k_codes, v_codes, k_meta, v_meta, key_scale,
+    k16, v16, k_codes, v_codes, k_meta, v_meta, key_scale, key_clip,
     pages, k_units, v_units, list_stride,
     split_indptr, item_request, item_first, item_tokens, q_row,
     num_requests, sm_scale, logit_cap,
@@ -37,7 +37,7 @@ def decode_kernel(
         n_valid = tl.load(item_tokens + item * STEPS + step)
         if n_valid > 0:
             peak, total, acc = attend_step(
-                (peak, total, acc), q, q_offset, row_ok, None, scale_head,
+                (peak, total, acc), q, q_offset, row_ok, None, scale_head, key_clip,
                 k16, v16, k_codes, v_codes, k_meta, v_meta,
                 pages + list_base, k_units + list_base, v_units + list_base, None,
                 tl.load(item_first + item * STEPS + step), n_valid, head, sm_scale, logit_cap,

@@ -94,7 +94,7 @@ def quantize(
 
 
 @triton.jit
-def narrow(src, dst, SRC: tl.constexpr, DST: tl.constexpr, BYTES: tl.constexpr, ROW: tl.constexpr):
+def narrow(src, dst, edge, SRC: tl.constexpr, DST: tl.constexpr, BYTES: tl.constexpr, ROW: tl.constexpr):
     """Codes of SRC bits to DST bits for ``BYTES`` destination bytes, rows of ``ROW`` destination bytes.
 
     A destination byte j of a row gathers planes of DST bits; plane i of it holds channel
@@ -108,14 +108,14 @@ def narrow(src, dst, SRC: tl.constexpr, DST: tl.constexpr, BYTES: tl.constexpr, 
     for i in tl.static_range(8 // DST):
         raw = tl.load(src + row * W + (i * ROW % W) + j).to(tl.int32)
         code = (raw >> (i * ROW // W * SRC)) & ((1 << SRC) - 1)
-        out |= shift_down(code, SRC, DST) << (i * DST)
+        out |= shift_down(code, SRC, DST, edge) << (i * DST)
     tl.store(dst + n, out.to(tl.uint8))
 
 
 @triton.jit(do_not_specialize=["count"])
 def copy_kernel(
     commands, count,  # int32 [5, count]: page, source unit, destination unit, source tier, destination tier
-    values0, bytes0, meta0, scale0, values1, bytes1, meta1, clipped,
+    values0, bytes0, meta0, scale0, edges0, values1, bytes1, meta1, clipped,
     bytes_stride_l, meta_stride_l,
     MIN_TIER: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
@@ -123,7 +123,8 @@ def copy_kernel(
     """One command, layer, side and head per program; tiers are uniform in a program.
 
     ``…0`` and ``…1`` are the sides of the arena (the same twice if it has one); only side 0 can have
-    a key scale. In a wave nothing is read and written, so programs need no order.
+    a key scale and edges (int32 [L, H]) of clipped ranges. In a wave nothing is read and written, so
+    programs need no order.
     """
     command = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
@@ -138,6 +139,10 @@ def copy_kernel(
     base = tl.where(side == 0, bytes0, bytes1) + layer * bytes_stride_l
     src = base + src_unit * UNIT
     dst = base + dst_unit * UNIT
+    edge = None
+    if edges0 is not None:
+        # 3 is the edge of a whole range.
+        edge = tl.load(edges0 + layer * H + head, mask=side == 0, other=3)
     if src_tier == dst_tier:
         # A head's share of the bytes, whatever they mean: P·D/4 per unit.
         SHARE: tl.constexpr = P * D // 4
@@ -163,17 +168,17 @@ def copy_kernel(
                     store_packed(codes, dst + (head * P + t0) * D, 8, T, D)
                 elif dst_tier == 4:
                     if MIN_TIER <= 4:
-                        store_packed(shift_down(codes, 8, 4), dst + (head * P + t0) * (D // 2), 4, T, D)
+                        store_packed(shift_down(codes, 8, 4, None), dst + (head * P + t0) * (D // 2), 4, T, D)
                 elif MIN_TIER <= 2:
-                    store_packed(shift_down(codes, 8, 2), dst + (head * P + t0) * (D // 4), 2, T, D)
+                    store_packed(shift_down(codes, 8, 2, edge), dst + (head * P + t0) * (D // 4), 2, T, D)
     elif src_tier == 8:
         if dst_tier == 4:
             if MIN_TIER <= 4:
-                narrow(src + head * (P * D), dst + head * (P * D // 2), 8, 4, P * D // 2, D // 2)
+                narrow(src + head * (P * D), dst + head * (P * D // 2), None, 8, 4, P * D // 2, D // 2)
         elif MIN_TIER <= 2:
-            narrow(src + head * (P * D), dst + head * (P * D // 4), 8, 2, P * D // 4, D // 4)
+            narrow(src + head * (P * D), dst + head * (P * D // 4), edge, 8, 2, P * D // 4, D // 4)
     elif MIN_TIER <= 2:
-        narrow(src + head * (P * D // 2), dst + head * (P * D // 4), 4, 2, P * D // 4, D // 4)
+        narrow(src + head * (P * D // 2), dst + head * (P * D // 4), edge, 4, 2, P * D // 4, D // 4)
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["table"])

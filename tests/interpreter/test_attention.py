@@ -67,6 +67,16 @@ def test_extend_matrix(finals, shape, dtype):
     check_extend(inputs_of(shape[1] + finals[1] + 2, finals, shape, dtype, lens), prefix)
 
 
+@pytest.mark.parametrize("index,finals", list(enumerate([(2, 2), (2, 4), (2, 8), (2, 16), (2, 2)])))
+def test_clipped_ranges(index, finals):
+    """Two layers, so that a factor of another layer or head, or one for values, would show."""
+    p, h, d, g, per_head = SHAPES[index]
+    group = LayerGroup((2, 5), *finals)
+    more = {"query_heads": h * per_head, "key_scale": index % 2 == 0, "key_clip": True, "dtype": DTYPES[index % 2]}
+    check_decode(make_inputs(index, PageShape(p, h, d, g), group, boundary_lens(p), **more))
+    check_extend(make_inputs(index, PageShape(p, h, d, g), group, [p + 3, 2 * p], **more), [3, 2 * p - 1])
+
+
 @pytest.mark.parametrize("step", range(4))
 def test_every_step_alone_in_every_layer(step):
     """All pages at one step, so that the other steps are empty."""

@@ -50,13 +50,15 @@ LAYERS = 3  # layers 0 and 2 end at (4, 4), layer 1 at (8, 8)
 Key = tuple[str, tuple[tuple[str, object], ...]]
 
 
-def make_backend(monkeypatch: pytest.MonkeyPatch, finals: list[tuple[int, int]], scales=None) -> PmkvqAttnBackend:
+def make_backend(
+    monkeypatch: pytest.MonkeyPatch, finals: list[tuple[int, int]], scales=None, clips=None
+) -> PmkvqAttnBackend:
     """A backend over a pool of 12 mapped 16-bit pages; the last superblocks are free."""
     monkeypatch.setattr(MixedPrecisionTokenPool, "backend", "triton")
     groups = groups_from_finals(finals)
     geometry = geometry_for_pages(PageShape(P, H, D, D), groups, 12, 12)
     setup = PoolSetup(
-        geometry, PolicyConfig(), Limits(4, 64, 12), geometry.total_bytes, 100, key_scales=scales
+        geometry, PolicyConfig(), Limits(4, 64, 12), geometry.total_bytes, 100, key_scales=scales, key_clips=clips
     )
     pool = MixedPrecisionTokenPool(setup, 12 * P, P, torch.bfloat16, H, D, len(finals), "cpu", False)
     pages = np.arange(13, dtype=np.int32)
@@ -247,9 +249,10 @@ def test_start_up_compiles_all_that_serving_launches(monkeypatch):
     Keys are Triton's own. What SGLang hands over is as it does: slices at any offset, K and V inside a QKV row.
     """
     launches = Launches(monkeypatch)
-    finals = [(4, 4), (4, 2), (2, 8), (16, 4), (16, 16)]
+    finals = [(4, 4), (4, 2), (2, 8), (16, 4), (16, 16), (2, 8)]
     scales = (None, torch.ones(1, H, D), None, None, None)
-    backend = make_backend(monkeypatch, finals, scales)
+    clips = (None, None, torch.full((2, H), 0.6), None, None)
+    backend = make_backend(monkeypatch, finals, scales, clips)
     warm = launches.take()
     launches.really = False  # from here on only the arguments matter
     pool, longest = backend.token_to_kv_pool, 1100 * P
@@ -291,8 +294,9 @@ def test_start_up_compiles_all_that_serving_launches(monkeypatch):
     assert served <= warm, {name for name, _ in served - warm}
     count = Counter(name for name, _ in served)
     # The five groups differ in tiers, which decode and extend are compiled for. The plan knows steps and arenas, and
-    # tells decode's int64 lengths from extend's; copies know the lowest tier of an arena and whether it has scales.
+    # tells decode's int64 lengths from extend's; copies know the lowest tier of an arena, and whether it has scales
+    # and clip factors.
     expected = {"decode_kernel": 5, "extend_kernel": 5, "merge_kernel": 1, "store_kernel": 2, "table_kernel": 1}
-    expected |= {"copy_kernel": 5, "count_kernel": 2 * 3, "scatter_kernel": 2 * 4}
+    expected |= {"copy_kernel": 6, "count_kernel": 2 * 3, "scatter_kernel": 2 * 4}
     assert {name: count[name] for name in expected} == expected
     assert served == warm

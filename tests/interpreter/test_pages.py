@@ -63,10 +63,11 @@ def test_store_converts_and_skips_what_is_not_writable():
         page_ops.store(b.storage, 0, slots[:1], rows[0], rows[:1], backend="triton")
 
 
-def check_copies(pair, shape, finals, dtype, key_scale, seed) -> None:
+def check_copies(pair, shape, finals, dtype, key_scale, seed, key_clip=False) -> None:
     src_tier, dst_tier = pair
     group = LayerGroup((0, 1), *finals)
-    a, b = twins(seed, PageShape(*shape), group, [4 * shape[0]], steps=0, dtype=dtype, key_scale=key_scale)
+    more = {"dtype": dtype, "key_scale": key_scale, "key_clip": key_clip}
+    a, b = twins(seed, PageShape(*shape), group, [4 * shape[0]], steps=0, **more)
     storage, fence = fenced(b.storage)
     b = dataclasses.replace(b, storage=storage)
     for arena, sides in enumerate(group.arena_sides):
@@ -90,11 +91,18 @@ def test_copies_equal_the_torch_path(index, pair):
     check_copies(pair, shape, (2, 2) if index % 3 else (2, 4), dtype, key_scale=index % 2 == 0, seed=index)
 
 
+@pytest.mark.parametrize("index,finals", list(enumerate([(2, 2), (2, 4), (8, 2)])))
+@pytest.mark.parametrize("source", [16, 8, 4])
+def test_clipped_copies_equal_the_torch_path(source, index, finals):
+    check_copies((source, 2), SHAPES[index], finals, DTYPES[index % 2], key_scale=index == 1, seed=index, key_clip=True)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("pair,shape,dtype", list(product(PAIRS, SHAPES, DTYPES)))
 @pytest.mark.parametrize("finals", [(2, 2), (2, 4), (8, 2)])
-def test_copies_matrix(pair, shape, dtype, finals):
-    check_copies(pair, shape, finals, dtype, key_scale=shape[0] == 16, seed=pair[0] + pair[1])
+@pytest.mark.parametrize("key_clip", [False, True])
+def test_copies_matrix(pair, shape, dtype, finals, key_clip):
+    check_copies(pair, shape, finals, dtype, key_scale=shape[0] == 16, seed=pair[0] + pair[1], key_clip=key_clip)
 
 
 @pytest.mark.parametrize("finals", [(4, 4), (2, 8)])
