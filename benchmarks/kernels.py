@@ -3,6 +3,7 @@
 
     python benchmarks/kernels.py                      the whole table -> benchmarks/results/kernels_<GPU>.json
     python benchmarks/kernels.py --only decode        one part: decode, extend, shrink, store, plan
+    python benchmarks/kernels.py --resume             go on with the cells of decode and extend that the file lacks
     python benchmarks/kernels.py --dry-run            no GPU: tiny shapes in Triton's interpreter, SGLang's kernels too
 
 Every cell is checked against fp32 before it is timed; a cell that fails prints no time. A cell that does
@@ -22,7 +23,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -109,16 +109,43 @@ class Table:
     def __init__(self, out: Path | None, head: dict[str, Any]) -> None:
         self.out, self.head, self.rows = out, head, list[dict[str, Any]]()
 
+    def resume(self, last_mix: str) -> None:
+        """Keep the attention cells of an earlier run that are whole; the other parts are quick and made anew.
+
+        Args:
+            last_mix: the mix that a cell ends with.
+        """
+        if self.out is None or not self.out.exists():
+            return
+        earlier = json.loads(self.out.read_text())
+        if any(earlier[name] != self.head[name] for name in ("gpu", "torch", "triton", "commit", "dtype")):
+            return
+        rows = [row for row in earlier["rows"] if row["part"] in ("decode", "extend")]
+        whole = [cell_of(row) for row in rows if row.get("mix") == last_mix]
+        failed = [cell_of(row) for row in rows if "failed" in row]
+        self.rows = [row for row in rows if cell_of(row) in whole and cell_of(row) not in failed]
+
+    def has(self, cell: dict[str, Any]) -> bool:
+        return any(cell_of(row) == cell for row in self.rows)
+
     def add(self, **row: Any) -> None:
         self.rows.append(row)
         print(json.dumps(row), flush=True)
         if self.out is not None:
             lines = ",\n".join(f"  {json.dumps(r)}" for r in self.rows)
-            self.out.write_text(f'{{{json.dumps(self.head)[1:-1]}, "rows": [\n{lines}\n]}}\n')
+            # Whole or not at all: the run may be killed while it writes.
+            partial = self.out.with_name(self.out.name + ".part")
+            partial.write_text(f'{{{json.dumps(self.head)[1:-1]}, "rows": [\n{lines}\n]}}\n')
+            os.replace(partial, self.out)
 
     @property
     def failed(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if "failed" in row]
+
+
+def cell_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row of decode or extend shares with the others of its cell."""
+    return {k: row[k] for k in ("part", "batch", "tokens", "gqa", "kv_heads", "chunk") if k in row}
 
 
 def guarded(table: Table, key: dict[str, Any], body: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
@@ -174,6 +201,8 @@ def attention_cell(table: Table, timer: Timer | None, part: str, cell: dict[str,
     from benchmarks import kernel_cases as kc
     from sglang_pmkvq.formats import PageShape
 
+    if table.has({"part": part, **cell}):
+        return
     device = torch.device("cuda" if timer is not None else "cpu")
     batch, tokens, chunk = cell["batch"], cell["tokens"], cell.get("chunk", 1)
     shape = PageShape(PAGE, cell["kv_heads"], HEAD_DIM, HEAD_DIM)
@@ -342,6 +371,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=30, help="graph replays per row")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--out", type=Path, help="data file (default: benchmarks/results/kernels_<GPU>.json)")
+    parser.add_argument("--resume", action="store_true", help="keep whole cells of decode and extend that are in it")
     arguments = parser.parse_args()
     if arguments.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -352,13 +382,15 @@ def main() -> int:
         print("no CUDA GPU on this machine: nothing was timed (--dry-run checks on the CPU)", file=sys.stderr)
         return 2
     gpu = "interpreter" if arguments.dry_run else torch.cuda.get_device_name()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    from benchmarks.kernel_cases import MIXES
+    from benchmarks.result import commit
+
     head = {
         "command": "python benchmarks/kernels.py " + " ".join(sys.argv[1:]),
         "gpu": gpu,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit,
+        "commit": commit(),
         "dtype": arguments.dtype,
         "head_dim": HEAD_DIM,
         "page_size": PAGE,
@@ -371,6 +403,8 @@ def main() -> int:
         out = out or ROOT / "benchmarks" / "results" / f"kernels_{gpu.lower().replace(' ', '_')}.json"
     print(json.dumps(head), flush=True)
     table = Table(out, head)
+    if arguments.resume:
+        table.resume(list(MIXES)[-1])
     dtype = getattr(torch, arguments.dtype)
     for part in (arguments.only,) if arguments.only else PARTS:
         if part in ("decode", "extend"):

@@ -47,7 +47,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is checked out, with a ``+`` where tracked files other than results and docs differ from it."""
+    """The commit that is checked out, with a ``+`` where tracked files other than results and docs differ from it.
+
+    Without a checkout, what the environment variable PMKVQ_COMMIT says (a kit for GPU machines sets it).
+    """
+    if not (ROOT / ".git").exists():
+        return os.environ.get("PMKVQ_COMMIT", "")
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)

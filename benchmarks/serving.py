@@ -126,6 +126,24 @@ class Server:
         return [line for line in lines if re.search(r"Traceback|\w*Error\b|leak|CRITICAL", line)]
 
 
+def sound(server: Server) -> None:
+    """Nothing was lost on the device, no error was logged, and an empty server holds no page (``--kv-quant pmkvq``).
+
+    Raises:
+        RuntimeError: something was.
+    """
+    pool = server.pool()
+    lost = {name: pool[name] for name in ("dropped_rows", "unmapped_reads") if pool[name]}
+    if lost:
+        raise RuntimeError(f"lost on the device: {lost}")
+    server.flush()
+    mapped = server.pool()["mapped_pages"]
+    if mapped:
+        raise RuntimeError(f"an empty server holds {mapped} pages")
+    if errors := server.errors():
+        raise RuntimeError(f"the server logged {errors[:3]}")
+
+
 def scheduler_pid(server: Server) -> int:
     """Process id of the scheduler (the child that holds the pool)."""
     import psutil

@@ -11,7 +11,7 @@ import torch
 from benchmarks.equality import answers
 from benchmarks.pressure import problem_set, prompt_ids
 from benchmarks.reasoner.task import check
-from benchmarks.serving import REASONER, STRICT, Server, generate_many, serve
+from benchmarks.serving import REASONER, STRICT, generate_many, serve, sound
 from benchmarks.steady import random_prompts
 from tests.support.models import make_model
 
@@ -36,15 +36,6 @@ def mode_args(graphs: bool, overlap: bool) -> list[str]:
         *(() if graphs else ("--disable-cuda-graph",)),
         *(() if overlap else ("--disable-overlap-schedule",)),
     ]
-
-
-def sound(server: Server) -> None:
-    """Nothing was lost on the device, no error was logged, and an empty server holds no page."""
-    pool = server.pool()
-    assert (pool["dropped_rows"], pool["unmapped_reads"]) == (0, 0)
-    server.flush()
-    assert server.pool()["mapped_pages"] == 0
-    assert not server.errors()
 
 
 @pytest.mark.parametrize(("architecture", "head_dim", "page_size", "heads", "kv_heads"), MODELS)
