@@ -215,6 +215,7 @@ def attach(servers: dict[str, Server], patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Bench, "_start", lambda self, stack, group: {name: servers[name] for name in group})
 
 
+@pytest.mark.full
 @pytest.mark.server
 def test_a_killed_run_goes_on_and_ends_with_the_same_table(
     servers: dict[str, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -278,6 +279,7 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
             assert ours["answers_equal"] == ours["requests"] == 1
 
 
+@pytest.mark.full
 @pytest.mark.server
 def test_a_refused_request_leaves_no_time(servers: dict[str, Server], tmp_path: Path) -> None:
     """More tokens than the server accepts: it refuses within the stream, which the client takes for a success."""

@@ -343,6 +343,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"]
 
 
+@pytest.mark.full
 @pytest.mark.server
 def test_dry_run_of_the_throughput_of_one_server(tmp_path: Path) -> None:
     done = dry_run(tmp_path, "--parts", "3", "--only", "age-4")
