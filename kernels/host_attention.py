@@ -12,7 +12,8 @@ from sglang_pmkvq.kernels.cpu import partials, stock
 from sglang_pmkvq.kernels.plan import PageLists, Tile, build_tiles, upload
 from sglang_pmkvq.kernels.storage import GroupStorage
 
-# fp32 scores of one query tile in extend (8 MiB): bounds the workspace however long a chunk is.
+# fp32 scores of one query tile in extend, over the groups of channels (8 MiB): bounds the workspace however long a
+# chunk is.
 SCORE_ELEMENTS = 1 << 21
 
 
@@ -147,10 +148,9 @@ def run_batched(
         torch.cat([x.out for x in parts]).view(-1, heads, d),
     )
     merged = partials.merge_items(items, plan.item_request, requests)
-    result, result_lse = partials.finish(merged)
-    out.index_copy_(0, rows, result.to(out.dtype))
+    out.index_copy_(0, rows, partials.finish(merged).to(out.dtype))
     if lse is not None:
-        lse.index_copy_(0, rows, result_lse)
+        lse.index_copy_(0, rows, partials.log_sum_exp(merged))
 
 
 def run_extend(
@@ -170,7 +170,7 @@ def run_extend(
     own_scaled = _scaled_by_key_heads_first(storage, layer, own)
     m, total = own.shape[1], own.shape[2]
     longest = max(t.pages_per_item for t in request.tiles) * storage.shape.page_size
-    step = max(1, SCORE_ELEMENTS // (h * m * longest))
+    step = max(1, SCORE_ELEMENTS // (h * m * longest * storage.shape.groups_per_head))
     for start in range(0, total, step):
         end = min(start + step, total)
         n = end - start
@@ -187,11 +187,10 @@ def run_extend(
             part = partials.attend_tile(storage, layer, tile, tile_q, tile_scaled, logit_cap, mask)
             merged = part if merged is None else partials.merge_two(merged, part)
         assert merged is not None, "a query sees at least itself"
-        result, result_lse = partials.finish(merged)
         rows = slice(request.start + start, request.start + end)
-        out[rows] = result.view(h, m, n, d).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
+        out[rows] = partials.finish(merged).view(h, m, n, d).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
         if lse is not None:
-            lse[rows] = result_lse.view(h, m, n).permute(2, 0, 1).flatten(1, 2)
+            lse[rows] = partials.log_sum_exp(merged).view(h, m, n).permute(2, 0, 1).flatten(1, 2)
 
 
 def _scaled_by_key_heads_first(storage: GroupStorage, layer: int, q: torch.Tensor) -> torch.Tensor:
