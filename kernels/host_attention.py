@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -91,6 +92,13 @@ class HostPlan:
             extends=extends,
         )
 
+    @cached_property
+    def one_item_each(self) -> bool:
+        """One tile has one item of every batched request, in order: nothing to gather, nothing to merge."""
+        return len(self.tiles) == 1 and torch.equal(
+            self.item_request, torch.arange(self.batched_rows.numel(), device=self.item_request.device)
+        )
+
     @property
     def all_stock(self) -> bool:
         """Stock's own call serves every request."""
@@ -127,28 +135,32 @@ def run_batched(
     if not requests:
         return
     storage = plan.storage
-    h, d = storage.shape.num_kv_heads, storage.shape.head_dim
+    h, d, heads = storage.shape.num_kv_heads, storage.shape.head_dim, q.shape[1]
     rows = plan.batched_rows
-    own = q.index_select(0, rows).to(torch.float32).mul_(scale).view(requests, h, -1, d)
+    every = requests == q.shape[0]  # then in order
+    own = (q if every else q.index_select(0, rows)).to(torch.float32).mul(scale).view(requests, h, -1, d)
     own_scaled = _scaled_by_key(storage, layer, own)
     parts: list[partials.Partial] = []
     for tile in plan.tiles:
-        tile_q = own.index_select(0, tile.request).flatten(0, 1)
+        tile_q = (own if plan.one_item_each else own.index_select(0, tile.request)).flatten(0, 1)
         tile_scaled = tile_q
         if own_scaled is not own:
-            tile_scaled = own_scaled.index_select(0, tile.request).flatten(0, 1)
+            tile_scaled = own_scaled if plan.one_item_each else own_scaled.index_select(0, tile.request)
+            tile_scaled = tile_scaled.flatten(0, 1)
         parts.append(partials.attend_tile(storage, layer, tile, tile_q, tile_scaled, logit_cap))
     if not parts:
         out.index_fill_(0, rows, 0.0)
         return
-    heads = q.shape[1]
-    items = partials.Partial(
-        torch.cat([x.peak for x in parts]).view(-1, heads),
-        torch.cat([x.total for x in parts]).view(-1, heads),
-        torch.cat([x.out for x in parts]).view(-1, heads, d),
-    )
-    merged = partials.merge_items(items, plan.item_request, requests)
-    out.index_copy_(0, rows, partials.finish(merged).to(out.dtype))
+    if plan.one_item_each:
+        peak, total, values = parts[0]
+        merged = partials.Partial(peak.view(-1, heads), total.view(-1, heads), values.view(-1, heads, d))
+    else:
+        merged = partials.merge_items(parts, plan.item_request, requests, heads)
+    result = partials.finish(merged)
+    if every:
+        out.copy_(result)
+    else:
+        out.index_copy_(0, rows, result.to(out.dtype))
     if lse is not None:
         lse.index_copy_(0, rows, partials.log_sum_exp(merged))
 

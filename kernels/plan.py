@@ -285,15 +285,18 @@ def build_tiles(storage: GroupStorage, lists: PageLists, one_item_tiles: bool = 
         if missing[a:b].any():
             hidden = torch.from_numpy(np.repeat(missing[a:b, None], h, axis=0)).to(storage.device)
         seen = None if position is None else position[a:b][~missing[a:b]]
+        whole_k, whole_v = ((min(max(n, a), b) - a) * h for n in first_coded)
+        meta_k, meta_v = (r[x.start * c : x.stop * c] for r, x in zip(meta_rows, coded, strict=True))
+        levels_k, levels_v = (x[part] for x, part in zip(levels, coded, strict=True))
         tiles.append(
             Tile(
                 items=b - a,
                 pages_per_item=c,
                 request=request_t[a:b],
                 runs=tuple(runs),
-                whole=tuple((min(max(n, a), b) - a) * h for n in first_coded),
-                meta_rows=tuple(r[x.start * c : x.stop * c] for r, x in zip(meta_rows, coded, strict=True)),
-                levels=tuple(x[part] for x, part in zip(levels, coded, strict=True)),
+                whole=(whole_k, whole_v),
+                meta_rows=(meta_k, meta_v),
+                levels=(levels_k, levels_v),
                 absent=hidden,
                 position=None if position is None else torch.from_numpy(position[a:b, None]).to(storage.device),
                 first=0 if seen is None else int(seen.min()),

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 
 from sglang_pmkvq.formats import K, V
-from sglang_pmkvq.kernels.plan import BLOCK_ELEMENTS, Block, Run, Tile
+from sglang_pmkvq.kernels import plan
+from sglang_pmkvq.kernels.plan import Block, Run, Tile
 from sglang_pmkvq.kernels.storage import GroupStorage
 
 # Forms of blocks whose views a workspace keeps.
@@ -73,7 +74,7 @@ class Workspace:
     def of(cls, storage: GroupStorage) -> Workspace:
         """This thread's workspace: for ``BLOCK_ELEMENTS``, or for one page of all heads if that is more."""
         s = storage.shape
-        elements = max(BLOCK_ELEMENTS, s.page_size * s.num_kv_heads * s.head_dim)
+        elements = max(plan.BLOCK_ELEMENTS, s.page_size * s.num_kv_heads * s.head_dim)
         held: dict[torch.device, Workspace] = cls._own.__dict__.setdefault("held", {})
         found = held.get(storage.device)
         if found is None or found.elements < elements:
@@ -296,7 +297,7 @@ def _unpack(storage: GroupStorage, side: int, layer: int, tile: Tile, run: Run, 
     view = Workspace.of(storage).form(storage, bits, block.stop - block.start, tile.pages_per_item, planar)
     rows = storage.page_rows16[side][layer] if bits == 16 else storage.code_words[bits][side][layer]
     torch.index_select(rows, 0, block.rows[side], out=view.gathered)
-    if view.masked is not None:
+    if view.words is not None and view.masked is not None:
         torch.bitwise_and(view.words, _plane_masks(bits, rows.device), out=view.masked)
     view.target.copy_(view.narrow)
     return view
@@ -322,19 +323,25 @@ def _zero_scale(storage: GroupStorage, side: int, layer: int, tile: Tile) -> tup
     return zero, span.div_(tile.levels[side])
 
 
-def merge_items(partial: Partial, item_request: torch.Tensor, requests: int) -> Partial:
-    """Partials ``[I, ...]`` of items merged by request: ``[requests, ...]``, still unnormalized.
+def merge_items(parts: list[Partial], item_request: torch.Tensor, requests: int, heads: int) -> Partial:
+    """Partials of tiles ``[items * H, M, ...]`` merged by request: ``[requests, heads, ...]``, still unnormalized.
 
     A request without items has peak −inf and sum 0.
+
+    Args:
+        item_request: int64 ``[I]``, the request of each item of the tiles.
     """
-    index = item_request.unsqueeze(1).expand_as(partial.peak)
-    peak = partial.peak.new_full((requests, partial.peak.shape[1]), -torch.inf)
-    peak.scatter_reduce_(0, index, partial.peak, "amax")
-    weight = (partial.peak - peak[item_request]).exp_()
-    total = torch.zeros_like(peak).index_add_(0, item_request, partial.total * weight)
-    out = partial.out.new_zeros((requests, *partial.out.shape[1:]))
-    out.index_add_(0, item_request, partial.out * weight.unsqueeze(-1))
-    return Partial(peak, total, out)
+    part = parts[0] if len(parts) == 1 else Partial(*(torch.cat(x) for x in zip(*parts, strict=True)))
+    item_peak, item_total = part.peak.view(-1, heads), part.total.view(-1, heads)
+    item_out = part.out.view(item_peak.shape[0], -1)
+    index = item_request.unsqueeze(1).expand_as(item_peak)
+    peak = item_peak.new_full((requests, heads), -torch.inf)
+    peak.scatter_reduce_(0, index, item_peak, "amax")
+    weight = item_peak.sub_(peak.index_select(0, item_request)).exp_()
+    total = torch.zeros_like(peak).index_add_(0, item_request, item_total.mul_(weight))
+    part.out.view(*weight.shape, -1).mul_(weight.unsqueeze(-1))
+    out = item_out.new_zeros(requests, item_out.shape[1]).index_add_(0, item_request, item_out)
+    return Partial(peak, total, out.view(requests, heads, -1))
 
 
 def merge_two(a: Partial, b: Partial) -> Partial:
