@@ -121,6 +121,8 @@ def _scaled_by_key(storage: GroupStorage, layer: int, q: torch.Tensor) -> torch.
     return q * storage.key_scale[layer].unsqueeze(1)
 
 
+# Without what autograd books on each call, of some hundred.
+@torch.inference_mode()
 def run_batched(
     plan: HostPlan,
     q: torch.Tensor,
@@ -165,6 +167,7 @@ def run_batched(
         lse.index_copy_(0, rows, partials.log_sum_exp(merged))
 
 
+@torch.inference_mode()
 def run_extend(
     storage: GroupStorage,
     request: ExtendRequest,

@@ -57,12 +57,14 @@ class Run:
         tiers: (K tier, V tier).
         start, stop: its rows (item, head) in the tile.
         blocks: the same, in order.
+        block_rows: rows of each block but the last, which may have fewer.
     """
 
     tiers: tuple[int, int]
     start: int
     stop: int
     blocks: tuple[Block, ...]
+    block_rows: int
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,7 @@ def build_tiles(storage: GroupStorage, lists: PageLists, one_item_tiles: bool = 
             low, high = max(low, a), min(high, b)
             if low < high:
                 blocks = [block_of(a, x, min(x + block_items, high)) for x in range(low, high, block_items)]
-                runs.append(Run(tiers, (low - a) * h, (high - a) * h, tuple(blocks)))
+                runs.append(Run(tiers, (low - a) * h, (high - a) * h, tuple(blocks), block_items * h))
         coded = [slice(max(a - n, 0) * h, max(b - n, 0) * h) for n in first_coded]
         hidden = None
         if missing[a:b].any():

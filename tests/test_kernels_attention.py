@@ -281,15 +281,15 @@ def test_a_dropped_zero_term_is_caught(monkeypatch, extend):
 
 def test_a_flipped_nibble_order_is_caught(monkeypatch):
     def flipped(*args):
-        view = original(*args)
-        view.values.copy_(view.values.unflatten(0, (-1, 2)).roll(1, dims=1).flatten(0, 1))
-        return view
+        for view in original(*args):
+            view.values.copy_(view.values.unflatten(0, (-1, 2)).roll(1, dims=1).flatten(0, 1))
+            yield view
 
     def check() -> None:
         check_decode(make_inputs(1, case(0)[0], LayerGroup((0,), 4, 4), [40], steps=2, query_heads=2))
 
-    original = partials._unpack
+    original = partials._unpacked
     check()
-    monkeypatch.setattr(partials, "_unpack", flipped)
+    monkeypatch.setattr(partials, "_unpacked", flipped)
     with pytest.raises(AssertionError, match="not close"):
         check()

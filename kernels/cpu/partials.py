@@ -14,6 +14,7 @@ the planes apart, as they are packed; for many it pays to put the channels in or
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import torch
 
 from sglang_pmkvq.formats import K, V
 from sglang_pmkvq.kernels import plan
-from sglang_pmkvq.kernels.plan import Block, Run, Tile
+from sglang_pmkvq.kernels.plan import Run, Tile
 from sglang_pmkvq.kernels.storage import GroupStorage
 
 # Forms of blocks whose views a workspace keeps.
@@ -86,7 +87,7 @@ class Workspace:
         return self._gathered.nbytes + self._masked.nbytes + self._wide.nbytes
 
     def form(self, storage: GroupStorage, bits: int, b: int, pages: int, planar: bool) -> Unpacked:
-        """Views for blocks of ``b`` rows (item, head) of ``pages`` pages, see ``_unpack``."""
+        """Views for blocks of ``b`` rows (item, head) of ``pages`` pages, see ``_unpacked``."""
         key = (storage.shape, storage.dtype, bits, b, pages, planar)
         found = self._forms.get(key)
         if found is None:
@@ -161,9 +162,10 @@ def _scores(storage: GroupStorage, layer: int, tile: Tile, q: torch.Tensor, q_sc
     for run in tile.runs:
         rows = slice(run.start, run.stop)
         if run.tiers[K] == 16:
-            for block in run.blocks:
-                part = slice(block.start, block.stop)
-                torch.bmm(q[part], _unpack(storage, K, layer, tile, run, block, m).transposed, out=scores[part])
+            views = _unpacked(storage, K, layer, tile, run, m)
+            parts = zip(views, q[rows].split(run.block_rows), scores[rows].split(run.block_rows), strict=True)
+            for view, q_part, part in parts:
+                torch.bmm(q_part, view.transposed, out=part)
         else:
             _dots_on_codes(storage, layer, tile, run, q_scaled[rows], dots[run.start - whole : run.stop - whole])
     if coded.shape[0]:
@@ -191,12 +193,12 @@ def _output(storage: GroupStorage, layer: int, tile: Tile, p: torch.Tensor) -> t
     for run in tile.runs:
         rows = slice(run.start, run.stop)
         if run.tiers[V] == 16:
-            for block in run.blocks:
-                values = _unpack(storage, V, layer, tile, run, block, m).values
+            views = _unpacked(storage, V, layer, tile, run, m)
+            parts = zip(run.blocks, views, p[rows].split(run.block_rows), out[rows].split(run.block_rows), strict=True)
+            for block, view, weights, part in parts:
                 if block.absent_rows is not None:
-                    values.view(-1, values.shape[-1]).index_fill_(0, block.absent_rows, 0.0)  # likewise
-                part = slice(block.start, block.stop)
-                torch.bmm(p[part], values, out=out[part])
+                    view.values.view(-1, view.values.shape[-1]).index_fill_(0, block.absent_rows, 0.0)  # likewise
+                torch.bmm(weights, view.values, out=part)
         else:
             own = scale[run.start - whole : run.stop - whole]
             _output_on_codes(storage, layer, tile, run, p[rows], own, out[rows])
@@ -218,16 +220,15 @@ def _dots_on_codes(storage: GroupStorage, layer: int, tile: Tile, run: Run, q: t
         q = torch.mul(q.view(b, m, n, w).transpose(1, 2), _plane_factor(bits, n, w, q.device), out=planes)
     q = q.view(b * n, m, w)
     # Per run of channels of one plane and one group; those of a group are summed.
-    dots = out.view(b * n, m, t) if groups == n == 1 else q.new_empty(b * n, max(1, w // g), m, t)
-    for block in run.blocks:
-        codes = _unpack(storage, K, layer, tile, run, block, m).transposed
-        part = slice((block.start - run.start) * n, (block.stop - run.start) * n)
+    dots = out.view(b, m, t) if groups == n == 1 else q.new_empty(b * n, *((w // g, m, t) if w > g else (m, t)))
+    views, size = _unpacked(storage, K, layer, tile, run, m), run.block_rows * n
+    for view, q_part, part in zip(views, q.split(size), dots.split(size), strict=True):
         if w > g:
             for i in range(w // g):
                 channels = slice(i * g, (i + 1) * g)
-                dots[part, i] = torch.bmm(q[part, :, channels], codes[:, channels])
+                part[:, i] = torch.bmm(q_part[..., channels], view.transposed[:, channels])
         else:
-            torch.bmm(q[part], codes, out=dots[part].view(-1, m, t))
+            torch.bmm(q_part, view.transposed, out=part)
     if w > g:
         out.copy_(dots.view(b, groups, m, t))
     elif n > 1:
@@ -243,21 +244,19 @@ def _output_on_codes(
     g = d // groups
     n = _planes(bits, m)
     w = d // n
-    parts = max(1, w // g)  # groups in a plane
     # Where a group spans several planes its weights are written once for each.
     weights = p.new_empty(b, groups, max(1, n // groups), m, t)
     torch.mul(p[:, None, None], scale.unsqueeze(2).expand(-1, -1, weights.shape[2], -1, -1), out=weights)
-    weights = weights.view(b * n, parts, m, t)
+    weights = weights.view(b * n, *((w // g, m, t) if w > g else (m, t)))
     planes = out if n == 1 else out.new_empty(b * n, m, w)
-    for block in run.blocks:
-        codes = _unpack(storage, V, layer, tile, run, block, m).values
-        part = slice((block.start - run.start) * n, (block.stop - run.start) * n)
+    views, size = _unpacked(storage, V, layer, tile, run, m), run.block_rows * n
+    for view, own, part in zip(views, weights.split(size), planes.split(size), strict=True):
         if w > g:
-            for i in range(parts):
+            for i in range(w // g):
                 channels = slice(i * g, (i + 1) * g)
-                planes[part, :, channels] = torch.bmm(weights[part, i], codes[..., channels])
+                part[..., channels] = torch.bmm(own[:, i], view.values[..., channels])
         else:
-            torch.bmm(weights[part].view(-1, m, t), codes, out=planes[part])
+            torch.bmm(own, view.values, out=part)
     if bits < 8:
         factor = _plane_factor(bits, n, w, out.device)
         ordered = out.view(b, m, n, w).transpose(1, 2)
@@ -287,20 +286,24 @@ def _plane_masks(bits: int, device: torch.device) -> torch.Tensor:
     return words.to(device)
 
 
-def _unpack(storage: GroupStorage, side: int, layer: int, tile: Tile, run: Run, block: Block, queries: int) -> Unpacked:
-    """A block as fp32 in the workspace, until the next block: 16-bit values, or codes, plane i times 2^(bits·i).
+def _unpacked(storage: GroupStorage, side: int, layer: int, tile: Tile, run: Run, queries: int) -> Iterator[Unpacked]:
+    """The blocks of a run as fp32 in the workspace, each until the next is asked for.
 
-    Values are ``[B*n, T, w]``: n planes of w = D/n channels where planes are read apart, else n = 1, w = D and the
-    channels in order.
+    16-bit values, or codes with plane i times 2^(bits·i); ``[B*n, T, w]`` with n planes of w = D/n channels where
+    planes are read apart, else n = 1, w = D and the channels in order.
     """
-    bits, planar = run.tiers[side], queries <= PLANAR_QUERIES
-    view = Workspace.of(storage).form(storage, bits, block.stop - block.start, tile.pages_per_item, planar)
+    bits, workspace = run.tiers[side], Workspace.of(storage)
     rows = storage.page_rows16[side][layer] if bits == 16 else storage.code_words[bits][side][layer]
-    torch.index_select(rows, 0, block.rows[side], out=view.gathered)
-    if view.words is not None and view.masked is not None:
-        torch.bitwise_and(view.words, _plane_masks(bits, rows.device), out=view.masked)
-    view.target.copy_(view.narrow)
-    return view
+    view, size = None, 0
+    for block in run.blocks:
+        if view is None or block.stop - block.start != size:
+            size = block.stop - block.start
+            view = workspace.form(storage, bits, size, tile.pages_per_item, queries <= PLANAR_QUERIES)
+        torch.index_select(rows, 0, block.rows[side], out=view.gathered)
+        if view.words is not None and view.masked is not None:
+            torch.bitwise_and(view.words, _plane_masks(bits, rows.device), out=view.masked)
+        view.target.copy_(view.narrow)
+        yield view
 
 
 def _zero_scale(storage: GroupStorage, side: int, layer: int, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
