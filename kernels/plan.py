@@ -22,6 +22,8 @@ from sglang_pmkvq.kernels.storage import GroupStorage
 # Pages per item are chosen per plan: long items have less overhead, short ones less padding. An
 # item's own cost (partials, merge) is about that of this many tokens; measured, and flat around it.
 ITEM_OVERHEAD_TOKENS = 8
+# The same where an item is a tile of its own.
+TILE_OVERHEAD_TOKENS = 64
 MAX_ITEM_TOKENS = 1024
 # fp32 elements of one side that are unpacked at once: with what they are unpacked from they stay in a core's L2
 # (0.9 MiB), and calling torch some eight times per block is little beside them.
@@ -206,11 +208,20 @@ def build_tiles(storage: GroupStorage, lists: PageLists, one_item_tiles: bool = 
     Args:
         one_item_tiles: one item per tile, with positions, as the causal mask of extend needs it.
     """
+    if not one_item_tiles:
+        return _tiles(storage, lists, lists.owned, False)
+    # Nothing is shared between their tiles, so every step has items of its own size.
+    steps = range(len(storage.group.steps))
+    return tuple(t for step in steps for t in _tiles(storage, lists, lists.owned & (lists.step == step), True))
+
+
+def _tiles(storage: GroupStorage, lists: PageLists, chosen: np.ndarray, one_item_tiles: bool) -> tuple[Tile, ...]:
+    """Tiles over the pages where ``chosen``, bool ``[R, n]``."""
     shape, steps = storage.shape, storage.group.steps
     p, h = shape.page_size, shape.num_kv_heads
     page_elements = h * p * shape.head_dim
     requests = lists.kv_lens.size
-    request, column = np.nonzero(lists.owned)
+    request, column = np.nonzero(chosen)
     if not request.size:
         return ()
     # A run: the pages of one request at one step. Stable, so columns ascend inside a run.
@@ -218,7 +229,8 @@ def build_tiles(storage: GroupStorage, lists: PageLists, one_item_tiles: bool = 
     order = np.argsort(run, kind="stable")
     run, request, column = run[order], request[order], column[order]
     per_run = np.bincount(run, minlength=len(steps) * requests)
-    c = _pages_per_item(per_run, p, BLOCK_ELEMENTS // page_elements)
+    overhead = TILE_OVERHEAD_TOKENS if one_item_tiles else ITEM_OVERHEAD_TOKENS
+    c = _pages_per_item(per_run, p, BLOCK_ELEMENTS // page_elements, overhead)
     items_of = -(-per_run // c)
     rank = np.arange(run.size) - (np.cumsum(per_run) - per_run)[run]
     item = (np.cumsum(items_of) - items_of)[run] + rank // c
@@ -308,11 +320,11 @@ def build_tiles(storage: GroupStorage, lists: PageLists, one_item_tiles: bool = 
     return tuple(tiles)
 
 
-def _pages_per_item(per_run: np.ndarray, page_size: int, most: int) -> int:
-    """Pages per item, at most ``most``, that cost least: padded tokens plus a fixed cost per item."""
+def _pages_per_item(per_run: np.ndarray, page_size: int, most: int, overhead: int) -> int:
+    """Pages per item, at most ``most``, that cost least: padded tokens plus ``overhead`` tokens per item."""
     best, best_cost, c = 1, float("inf"), 1
     while c == 1 or (c <= most and c * page_size <= MAX_ITEM_TOKENS):
-        cost = int((-(-per_run // c)).sum()) * (c * page_size + ITEM_OVERHEAD_TOKENS)
+        cost = int((-(-per_run // c)).sum()) * (c * page_size + overhead)
         if cost < best_cost:
             best, best_cost = c, cost
         c *= 2

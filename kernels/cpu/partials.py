@@ -209,7 +209,7 @@ def _output(storage: GroupStorage, layer: int, tile: Tile, p: torch.Tensor) -> t
 
 
 def _dots_on_codes(storage: GroupStorage, layer: int, tile: Tile, run: Run, q: torch.Tensor, out: torch.Tensor) -> None:
-    """q̃ · codes per group of channels: q ``[B, M, D]``, out ``[B, D/G, M, T]``, contiguous if there is one group."""
+    """q̃ · codes per group of channels: q ``[B, M, D]``, out ``[B, D/G, M, T]``, contiguous."""
     bits, (b, m, d) = run.tiers[K], q.shape
     groups, t = out.shape[1], out.shape[3]
     g = d // groups
@@ -220,7 +220,10 @@ def _dots_on_codes(storage: GroupStorage, layer: int, tile: Tile, run: Run, q: t
         q = torch.mul(q.view(b, m, n, w).transpose(1, 2), _plane_factor(bits, n, w, q.device), out=planes)
     q = q.view(b * n, m, w)
     # Per run of channels of one plane and one group; those of a group are summed.
-    dots = out.view(b, m, t) if groups == n == 1 else q.new_empty(b * n, *((w // g, m, t) if w > g else (m, t)))
+    if w > g:
+        dots = out.view(b * n, w // g, m, t)
+    else:
+        dots = out.view(b * n, m, t) if w == g else q.new_empty(b * n, m, t)
     views, size = _unpacked(storage, K, layer, tile, run, m), run.block_rows * n
     for view, q_part, part in zip(views, q.split(size), dots.split(size), strict=True):
         if w > g:
@@ -229,9 +232,7 @@ def _dots_on_codes(storage: GroupStorage, layer: int, tile: Tile, run: Run, q: t
                 part[:, i] = torch.bmm(q_part[..., channels], view.transposed[:, channels])
         else:
             torch.bmm(q_part, view.transposed, out=part)
-    if w > g:
-        out.copy_(dots.view(b, groups, m, t))
-    elif n > 1:
+    if w < g:
         torch.sum(dots.view(b, groups, n // groups, m, t), dim=2, out=out)
 
 
