@@ -262,6 +262,18 @@ def test_nothing_of_the_cache_survives_run():
         assert sum(x.numel() * x.element_size() for x in held if x is not None) < 16 * 2400
 
 
+def test_the_workspace_does_not_grow_with_the_batch_or_its_length():
+    page_shape, heads = case(0)
+    sizes = []
+    for lens in ([20], [1500, 900, 700]):
+        inputs = make_inputs(9, page_shape, LayerGroup((0,), 4, 2), lens, query_heads=heads)
+        wrapper = MixedKVDecodeWrapper(use_stock=False)
+        wrapper.plan(inputs.storage, inputs.req_pages, inputs.kv_lens)
+        wrapper.run(inputs.q, 0, 0.1)
+        sizes.append(partials.Workspace.of(inputs.storage).nbytes)
+    assert sizes[0] == sizes[1] == 7 * plan_module.BLOCK_ELEMENTS
+
+
 @pytest.mark.parametrize("extend", [False, True])
 def test_a_dropped_zero_term_is_caught(monkeypatch, extend):
     def dropped(*args):
