@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from sglang_pmkvq.kernels.cpu import partials, stock
 from sglang_pmkvq.kernels.plan import PageLists, Tile, build_tiles, upload
 from sglang_pmkvq.kernels.storage import GroupStorage
 
-# fp32 scores of one query tile in extend (8 MiB): bounds the workspace however long a chunk is.
+# fp32 scores of one query tile in extend, over the groups of channels (8 MiB): bounds the workspace however long a
+# chunk is.
 SCORE_ELEMENTS = 1 << 21
 
 
@@ -90,6 +92,13 @@ class HostPlan:
             extends=extends,
         )
 
+    @cached_property
+    def one_item_each(self) -> bool:
+        """One tile has one item of every batched request, in order: nothing to gather, nothing to merge."""
+        return len(self.tiles) == 1 and torch.equal(
+            self.item_request, torch.arange(self.batched_rows.numel(), device=self.item_request.device)
+        )
+
     @property
     def all_stock(self) -> bool:
         """Stock's own call serves every request."""
@@ -112,6 +121,8 @@ def _scaled_by_key(storage: GroupStorage, layer: int, q: torch.Tensor) -> torch.
     return q * storage.key_scale[layer].unsqueeze(1)
 
 
+# Without what autograd books on each call, of some hundred.
+@torch.inference_mode()
 def run_batched(
     plan: HostPlan,
     q: torch.Tensor,
@@ -126,33 +137,37 @@ def run_batched(
     if not requests:
         return
     storage = plan.storage
-    h, d = storage.shape.num_kv_heads, storage.shape.head_dim
+    h, d, heads = storage.shape.num_kv_heads, storage.shape.head_dim, q.shape[1]
     rows = plan.batched_rows
-    own = q.index_select(0, rows).to(torch.float32).mul_(scale).view(requests, h, -1, d)
+    every = requests == q.shape[0]  # then in order
+    own = (q if every else q.index_select(0, rows)).to(torch.float32).mul(scale).view(requests, h, -1, d)
     own_scaled = _scaled_by_key(storage, layer, own)
     parts: list[partials.Partial] = []
     for tile in plan.tiles:
-        tile_q = own.index_select(0, tile.request).flatten(0, 1)
+        tile_q = (own if plan.one_item_each else own.index_select(0, tile.request)).flatten(0, 1)
         tile_scaled = tile_q
         if own_scaled is not own:
-            tile_scaled = own_scaled.index_select(0, tile.request).flatten(0, 1)
+            tile_scaled = own_scaled if plan.one_item_each else own_scaled.index_select(0, tile.request)
+            tile_scaled = tile_scaled.flatten(0, 1)
         parts.append(partials.attend_tile(storage, layer, tile, tile_q, tile_scaled, logit_cap))
     if not parts:
         out.index_fill_(0, rows, 0.0)
         return
-    heads = q.shape[1]
-    items = partials.Partial(
-        torch.cat([x.peak for x in parts]).view(-1, heads),
-        torch.cat([x.total for x in parts]).view(-1, heads),
-        torch.cat([x.out for x in parts]).view(-1, heads, d),
-    )
-    merged = partials.merge_items(items, plan.item_request, requests)
-    result, result_lse = partials.finish(merged)
-    out.index_copy_(0, rows, result.to(out.dtype))
+    if plan.one_item_each:
+        peak, total, values = parts[0]
+        merged = partials.Partial(peak.view(-1, heads), total.view(-1, heads), values.view(-1, heads, d))
+    else:
+        merged = partials.merge_items(parts, plan.item_request, requests, heads)
+    result = partials.finish(merged)
+    if every:
+        out.copy_(result)
+    else:
+        out.index_copy_(0, rows, result.to(out.dtype))
     if lse is not None:
-        lse.index_copy_(0, rows, result_lse)
+        lse.index_copy_(0, rows, partials.log_sum_exp(merged))
 
 
+@torch.inference_mode()
 def run_extend(
     storage: GroupStorage,
     request: ExtendRequest,
@@ -170,7 +185,7 @@ def run_extend(
     own_scaled = _scaled_by_key_heads_first(storage, layer, own)
     m, total = own.shape[1], own.shape[2]
     longest = max(t.pages_per_item for t in request.tiles) * storage.shape.page_size
-    step = max(1, SCORE_ELEMENTS // (h * m * longest))
+    step = max(1, SCORE_ELEMENTS // (h * m * longest * storage.shape.groups_per_head))
     for start in range(0, total, step):
         end = min(start + step, total)
         n = end - start
@@ -187,11 +202,10 @@ def run_extend(
             part = partials.attend_tile(storage, layer, tile, tile_q, tile_scaled, logit_cap, mask)
             merged = part if merged is None else partials.merge_two(merged, part)
         assert merged is not None, "a query sees at least itself"
-        result, result_lse = partials.finish(merged)
         rows = slice(request.start + start, request.start + end)
-        out[rows] = result.view(h, m, n, d).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
+        out[rows] = partials.finish(merged).view(h, m, n, d).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
         if lse is not None:
-            lse[rows] = result_lse.view(h, m, n).permute(2, 0, 1).flatten(1, 2)
+            lse[rows] = partials.log_sum_exp(merged).view(h, m, n).permute(2, 0, 1).flatten(1, 2)
 
 
 def _scaled_by_key_heads_first(storage: GroupStorage, layer: int, q: torch.Tensor) -> torch.Tensor:

@@ -1,60 +1,102 @@
 """Index tensors of one forward and layer group, shared by all its layers.
 
-Attention does not depend on the order of KV, so the pages of the requests are bucketed by step:
-within a bucket both tiers are known and the code that reads it is straight. A bucket is cut into
-*items*, each up to ``C`` pages of one request, and consecutive items into *tiles*, which are read and
-computed together. Every item gives a split-KV partial (max, sum, output), and the partials of a
-request are merged by log-sum-exp.
+Attention does not depend on the order of KV, so the pages of the requests are sorted by step:
+within a step both tiers are known and the code that reads it is straight. The pages of a request at
+one step are cut into *items* of up to ``C`` pages. Items of one step are unpacked together in
+*blocks*, and items of any steps share all the rest in *tiles*. Every item gives a split-KV partial
+(max, sum, output), and the partials of a request are merged by log-sum-exp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from sglang_pmkvq.formats import STEP_BITS, STEP_MASK, UNITS_PER_SUPERBLOCK, tier_units
+from sglang_pmkvq.formats import MIN_TIER, SIDES, STEP_BITS, STEP_MASK, UNITS_PER_SUPERBLOCK, K, V
 from sglang_pmkvq.kernels.storage import GroupStorage
 
-# Pages per item are chosen per bucket: long items have less overhead, short ones less padding. An
+# Pages per item are chosen per plan: long items have less overhead, short ones less padding. An
 # item's own cost (partials, merge) is about that of this many tokens; measured, and flat around it.
-ITEM_OVERHEAD_TOKENS = 24
-MAX_ITEM_TOKENS = 512
-# fp32 elements of one unpacked side of a tile: small enough for the caches, large enough to hide
-# the cost of calling torch some forty times per tile. Measured on two cores, flat within 2x.
-TILE_ELEMENTS = 1 << 20
+ITEM_OVERHEAD_TOKENS = 8
+# The same where an item is a tile of its own.
+TILE_OVERHEAD_TOKENS = 64
+MAX_ITEM_TOKENS = 1024
+# fp32 elements of one side that are unpacked at once: with what they are unpacked from they stay in a core's L2
+# (0.9 MiB), and calling torch some eight times per block is little beside them.
+BLOCK_ELEMENTS = 1 << 17
+# Elements of one side of a tile: bounds what a tile computes once for all its blocks (scores, zeros, scales), some
+# hundredths of it.
+TILE_ELEMENTS = 1 << 21
 NO_POSITION = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A run of items of one step that are read together: n items of C pages, B = n·H rows.
+class Block:
+    """A part of a run that is unpacked at once: n items of C pages.
+
+    Attributes:
+        start, stop: its rows (item, head) in the tile, B of them.
+        rows: per side, int64 ``[B*C]`` rows (block · H + head) of the codes, ordered item, head,
+            page; for a 16-bit side ``[n*C]`` superblocks. Padding reads block 0.
+        absent_rows: int64, flat positions ``[B, C*P]`` of absent tokens where V has 16 bits; None without any.
+    """
+
+    start: int
+    stop: int
+    rows: tuple[torch.Tensor, torch.Tensor]
+    absent_rows: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The items of one step in a tile.
 
     Attributes:
         tiers: (K tier, V tier).
-        items: n.
-        pages_per_item: C.
-        request: int64 ``[n]``, row of each item's request among the planned ones, ascending.
-        rows: per side, int64 ``[B*C]`` rows (block · H + head) of the codes, ordered item, head,
-            page; for a 16-bit side ``[n*C]`` superblocks. Padding reads block 0.
-        meta_rows: int64 ``[B*C]``, rows (page · H + head) of the side arrays. Padding reads page 0.
-        absent: bool ``[B, 1, C*P]``, True for padding and tokens past the end; None without any.
-        absent_rows: int64, flat positions of the True ones; None without any.
-        position: int32 ``[1, 1, C*P]``, position of each token in its sequence, ``NO_POSITION`` where
-            absent; only in tiles of one item, for the causal mask.
-        first, last: smallest and largest present position.
+        start, stop: its rows (item, head) in the tile.
+        blocks: the same, in order.
+        block_rows: rows of each block but the last, which may have fewer.
     """
 
     tiers: tuple[int, int]
+    start: int
+    stop: int
+    blocks: tuple[Block, ...]
+    block_rows: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A run of items that share all but the unpacking: n items of C pages, B = n·H rows, ordered item, head.
+
+    Items come step by step, and tiers only fall with the step, so the rows whose K (or V) has codes are the last.
+
+    Attributes:
+        items: n.
+        pages_per_item: C.
+        request: int64 ``[n]``, row of each item's request among the planned ones.
+        runs: the items again, in order.
+        whole: per side, rows before the first with codes.
+        meta_rows: per side, int64 ``[(B - whole)*C]``, rows (page · H + head) of the side arrays. Padding reads page 0.
+        levels: per side, fp32 ``[B - whole, 1, 1, 1]``, 2^b - 1.
+        absent: bool ``[B, 1, C*P]``, True for padding and tokens past the end; None without any.
+        position: int32 ``[1, 1, C*P]``, position of each token in its sequence, ``NO_POSITION`` where
+            absent; only in tiles of one item, for the causal mask.
+        first, last: smallest and largest present position; only in tiles of one item.
+    """
+
     items: int
     pages_per_item: int
     request: torch.Tensor
-    rows: tuple[torch.Tensor, torch.Tensor]
-    meta_rows: torch.Tensor
+    runs: tuple[Run, ...]
+    whole: tuple[int, int]
+    meta_rows: tuple[torch.Tensor, torch.Tensor]
+    levels: tuple[torch.Tensor, torch.Tensor]
     absent: torch.Tensor | None
-    absent_rows: torch.Tensor | None
     position: torch.Tensor | None
     first: int
     last: int
@@ -166,96 +208,127 @@ def build_tiles(storage: GroupStorage, lists: PageLists, one_item_tiles: bool = 
     Args:
         one_item_tiles: one item per tile, with positions, as the causal mask of extend needs it.
     """
-    tiles: list[Tile] = []
-    for step, tiers in enumerate(storage.group.steps):
-        request, column = np.nonzero((lists.step == step) & lists.owned)
-        if request.size:
-            tiles += _build_bucket(storage, lists, tiers, request, column, one_item_tiles)
-    return tuple(tiles)
+    if not one_item_tiles:
+        return _tiles(storage, lists, lists.owned, False)
+    # Nothing is shared between their tiles, so every step has items of its own size.
+    steps = range(len(storage.group.steps))
+    return tuple(t for step in steps for t in _tiles(storage, lists, lists.owned & (lists.step == step), True))
 
 
-def _pages_per_item(per_request: np.ndarray, page_size: int) -> int:
-    """Pages per item that cost least: padded tokens plus a fixed cost per item."""
-    best, best_cost, c = 1, float("inf"), 1
-    while c * page_size <= MAX_ITEM_TOKENS:
-        items = int((-(-per_request // c)).sum())
-        cost = items * (c * page_size + ITEM_OVERHEAD_TOKENS)
-        if cost < best_cost:
-            best, best_cost = c, cost
-        c *= 2
-    return best
-
-
-def _build_bucket(
-    storage: GroupStorage,
-    lists: PageLists,
-    tiers: tuple[int, int],
-    request: np.ndarray,
-    column: np.ndarray,
-    one_item_tiles: bool,
-) -> list[Tile]:
-    """Tiles of one step from its (request, page column) pairs, sorted by request and then by column."""
-    p, h, d = storage.shape.page_size, storage.shape.num_kv_heads, storage.shape.head_dim
-    per_request = np.bincount(request, minlength=lists.kv_lens.size)
-    c = _pages_per_item(per_request, p)
-    items_of = -(-per_request // c)
-    rank = np.arange(request.size) - (np.cumsum(per_request) - per_request)[request]
-    item = (np.cumsum(items_of) - items_of)[request] + rank // c
+def _tiles(storage: GroupStorage, lists: PageLists, chosen: np.ndarray, one_item_tiles: bool) -> tuple[Tile, ...]:
+    """Tiles over the pages where ``chosen``, bool ``[R, n]``."""
+    shape, steps = storage.shape, storage.group.steps
+    p, h = shape.page_size, shape.num_kv_heads
+    page_elements = h * p * shape.head_dim
+    requests = lists.kv_lens.size
+    request, column = np.nonzero(chosen)
+    if not request.size:
+        return ()
+    # A run: the pages of one request at one step. Stable, so columns ascend inside a run.
+    run = lists.step[request, column] * requests + request
+    order = np.argsort(run, kind="stable")
+    run, request, column = run[order], request[order], column[order]
+    per_run = np.bincount(run, minlength=len(steps) * requests)
+    overhead = TILE_OVERHEAD_TOKENS if one_item_tiles else ITEM_OVERHEAD_TOKENS
+    c = _pages_per_item(per_run, p, BLOCK_ELEMENTS // page_elements, overhead)
+    items_of = -(-per_run // c)
+    rank = np.arange(run.size) - (np.cumsum(per_run) - per_run)[run]
+    item = (np.cumsum(items_of) - items_of)[run] + rank // c
     items, cell = int(items_of.sum()), item * c + rank % c
+    item_run = np.repeat(np.arange(per_run.size), items_of)
+    item_step, item_request = np.divmod(item_run, requests)
 
     def spread(values: np.ndarray) -> np.ndarray:
         out = np.zeros(items * c, dtype=np.int64)
         out[cell] = values
-        return out
+        return out.reshape(items, c)
 
     def head_rows(block: np.ndarray) -> np.ndarray:
-        return (block.reshape(items, 1, c) * h + np.arange(h)[:, None]).reshape(-1)
+        return (block[:, None, :] * h + np.arange(h)[:, None]).reshape(-1)
 
-    def side_rows(side: int) -> torch.Tensor:
-        unit = spread(lists.unit[storage.arena_of(side)][request, column])
-        block = unit // tier_units(tiers[side])
-        return upload(storage, block if tiers[side] == 16 else head_rows(block))
+    token = column[:, None] * p + np.arange(p)
+    missing = np.ones((items * c, p), dtype=bool)
+    missing[cell] = token >= lists.kv_lens[request][:, None]
+    missing = missing.reshape(items, c * p)
+    position = None
+    if one_item_tiles:
+        position = np.full((items * c, p), NO_POSITION, dtype=np.int32)
+        position[cell] = token
+        position = position.reshape(items, c * p)
+        position[missing] = NO_POSITION
 
-    position = np.full((items * c, p), NO_POSITION, dtype=np.int32)
-    position[cell] = column[:, None] * p + np.arange(p, dtype=np.int32)
-    position = position.reshape(items, c * p)
-    item_request = np.repeat(np.arange(lists.kv_lens.size), items_of)
-    absent = position >= lists.kv_lens[item_request][:, None]
-    position[absent] = NO_POSITION
-    first, last = position.min(axis=1), np.where(absent, -1, position).max(axis=1)
+    tier = np.array(steps)[item_step]  # [I, 2]
+    pages = head_rows(spread(lists.pages[request, column]))
+    unit = [spread(u[request, column]) for u in lists.unit]
+    first_coded, rows16, rows, meta_rows, levels = [], [], [], [], []
+    for side in SIDES:
+        n = int((tier[:, side] == 16).sum())
+        block = unit[storage.arena_of(side)] // (tier[:, side, None] // MIN_TIER)
+        first_coded.append(n)
+        rows16.append(upload(storage, block[:n].reshape(-1)))
+        rows.append(upload(storage, head_rows(block[n:])))
+        meta_rows.append(upload(storage, pages[n * h * c :]))
+        level = (1 << np.repeat(tier[n:, side], h)) - 1
+        levels.append(torch.from_numpy(level.astype(np.float32)).to(storage.device).view(-1, 1, 1, 1))
 
-    rows = (side_rows(0), side_rows(1))
-    per_item = tuple(c if tier == 16 else h * c for tier in tiers)
-    meta_rows = upload(storage, head_rows(spread(lists.pages[request, column])))
+    def side_rows(side: int, a: int, b: int) -> torch.Tensor:
+        n = first_coded[side]
+        return rows16[side][a * c : b * c] if a < n else rows[side][(a - n) * h * c : (b - n) * h * c]
+
+    def block_of(start: int, a: int, b: int) -> Block:
+        stale = None
+        if a < first_coded[V] and missing[a:b].any():
+            stale = upload(storage, np.flatnonzero(np.repeat(missing[a:b, None], h, axis=1)))
+        return Block((a - start) * h, (b - start) * h, (side_rows(K, a, b), side_rows(V, a, b)), stale)
+
     request_t = upload(storage, item_request)
-    n = 1 if one_item_tiles else max(1, TILE_ELEMENTS // (h * c * p * d))
+    tile_items = 1 if one_item_tiles else max(1, TILE_ELEMENTS // (page_elements * c))
+    block_items = max(1, BLOCK_ELEMENTS // (page_elements * c))
+    step_starts = np.searchsorted(item_step, np.arange(len(steps) + 1)).tolist()
     tiles = []
-    for a in range(0, items, n):
-        b = min(a + n, items)
-        hidden = hidden_rows = None
-        if absent[a:b].any():
-            by_head = np.repeat(absent[a:b, None], h, axis=0)
-            hidden = torch.from_numpy(by_head).to(storage.device)
-            hidden_rows = upload(storage, np.flatnonzero(by_head))
+    for a in range(0, items, tile_items):
+        b = min(a + tile_items, items)
+        runs = []
+        for tiers, (low, high) in zip(steps, pairwise(step_starts), strict=True):
+            low, high = max(low, a), min(high, b)
+            if low < high:
+                blocks = [block_of(a, x, min(x + block_items, high)) for x in range(low, high, block_items)]
+                runs.append(Run(tiers, (low - a) * h, (high - a) * h, tuple(blocks), block_items * h))
+        coded = [slice(max(a - n, 0) * h, max(b - n, 0) * h) for n in first_coded]
+        hidden = None
+        if missing[a:b].any():
+            hidden = torch.from_numpy(np.repeat(missing[a:b, None], h, axis=0)).to(storage.device)
+        seen = None if position is None else position[a:b][~missing[a:b]]
+        whole_k, whole_v = ((min(max(n, a), b) - a) * h for n in first_coded)
+        meta_k, meta_v = (r[x.start * c : x.stop * c] for r, x in zip(meta_rows, coded, strict=True))
+        levels_k, levels_v = (x[part] for x, part in zip(levels, coded, strict=True))
         tiles.append(
             Tile(
-                tiers=tiers,
                 items=b - a,
                 pages_per_item=c,
                 request=request_t[a:b],
-                rows=(
-                    rows[0][a * per_item[0] : b * per_item[0]],
-                    rows[1][a * per_item[1] : b * per_item[1]],
-                ),
-                meta_rows=meta_rows[a * h * c : b * h * c],
+                runs=tuple(runs),
+                whole=(whole_k, whole_v),
+                meta_rows=(meta_k, meta_v),
+                levels=(levels_k, levels_v),
                 absent=hidden,
-                absent_rows=hidden_rows,
-                position=torch.from_numpy(position[a:b, None]).to(storage.device) if one_item_tiles else None,
-                first=int(first[a:b].min()),
-                last=int(last[a:b].max()),
+                position=None if position is None else torch.from_numpy(position[a:b, None]).to(storage.device),
+                first=0 if seen is None else int(seen.min()),
+                last=0 if seen is None else int(seen.max()),
             )
         )
-    return tiles
+    return tuple(tiles)
+
+
+def _pages_per_item(per_run: np.ndarray, page_size: int, most: int, overhead: int) -> int:
+    """Pages per item, at most ``most``, that cost least: padded tokens plus ``overhead`` tokens per item."""
+    best, best_cost, c = 1, float("inf"), 1
+    while c == 1 or (c <= most and c * page_size <= MAX_ITEM_TOKENS):
+        cost = int((-(-per_run // c)).sum()) * (c * page_size + overhead)
+        if cost < best_cost:
+            best, best_cost = c, cost
+        c *= 2
+    return best
 
 
 def upload(storage: GroupStorage, values: np.ndarray) -> torch.Tensor:

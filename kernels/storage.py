@@ -204,19 +204,30 @@ class GroupStorage:
         s = self.shape
         return self.arenas[side][layer].view(-1, s.num_kv_heads, s.page_size, s.head_dim * tier // 8)
 
-    def code_words(self, side: int, layer: int, tier: int) -> torch.Tensor:
-        """Quantized pages of layer ``layer`` as int64 rows ``[blocks * H, P*D*tier/64]``, a view.
+    @cached_property
+    def code_words(self) -> dict[int, tuple[tuple[torch.Tensor, ...], ...]]:
+        """Per tier, side and layer, quantized pages as int64 rows ``[blocks * H, P*D*tier/64]``, views made once.
 
         Row = block · H + head: one head of one page. Rows are at least 256 bytes, so whole words.
         """
-        width = self.shape.page_size * self.shape.head_dim * tier // 64
-        return self.arenas[side][layer].view(torch.int64).view(-1, width)
+        width = self.shape.page_size * self.shape.head_dim
+        return {
+            tier: tuple(
+                tuple(layer.view(torch.int64).view(-1, width * tier // 64) for layer in self.arenas[side])
+                for side in SIDES
+            )
+            for tier in TIERS
+            if tier < 16
+        }
 
-    def meta_rows(self, side: int, layer: int) -> torch.Tensor:
-        """(zero, range) of layer ``layer`` as fp16 rows ``[(N+1) * H, D/G * P * 2]``, a view."""
-        meta = self.meta[side]
-        assert meta is not None
-        return meta[layer].view(-1, self.shape.groups_per_head * self.shape.page_size * 2)
+    @cached_property
+    def meta_rows(self) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """Per side and layer, (zero, range) as fp16 rows ``[(N+1) * H, D/G * P * 2]``, views made once.
+
+        A side that never leaves 16 bits has none.
+        """
+        width = self.shape.groups_per_head * self.shape.page_size * 2
+        return tuple(() if meta is None else tuple(layer.view(-1, width) for layer in meta) for meta in self.meta)
 
     def blocks(self, side: int, tier: int) -> torch.Tensor:
         """All layers of a side as raw blocks of a tier: uint8 ``[L, blocks, code_bytes]``, a view."""

@@ -255,10 +255,23 @@ def test_nothing_of_the_cache_survives_run():
         plan = wrapper._plan
         assert plan is not None
         tiles = (*plan.tiles, *(t for e in plan.extends for t in e.tiles))
-        held = [x for t in tiles for x in (*t.rows, t.meta_rows, t.absent, t.absent_rows, t.position)]
+        held = [x for t in tiles for x in (*t.meta_rows, t.absent, t.position)]
+        held += [x for t in tiles for run in t.runs for b in run.blocks for x in (*b.rows, b.absent_rows)]
         assert all(not x.is_floating_point() for x in held if x is not None)
         # 1/8 of the codes at 2 bits would be 16 bytes per token, head and side.
         assert sum(x.numel() * x.element_size() for x in held if x is not None) < 16 * 2400
+
+
+def test_the_workspace_does_not_grow_with_the_batch_or_its_length():
+    page_shape, heads = case(0)
+    sizes = []
+    for lens in ([20], [1500, 900, 700]):
+        inputs = make_inputs(9, page_shape, LayerGroup((0,), 4, 2), lens, query_heads=heads)
+        wrapper = MixedKVDecodeWrapper(use_stock=False)
+        wrapper.plan(inputs.storage, inputs.req_pages, inputs.kv_lens)
+        wrapper.run(inputs.q, 0, 0.1)
+        sizes.append(partials.Workspace.of(inputs.storage).nbytes)
+    assert sizes[0] == sizes[1] == 7 * plan_module.BLOCK_ELEMENTS
 
 
 @pytest.mark.parametrize("extend", [False, True])
@@ -279,14 +292,16 @@ def test_a_dropped_zero_term_is_caught(monkeypatch, extend):
 
 
 def test_a_flipped_nibble_order_is_caught(monkeypatch):
-    def flipped(storage, side, layer, tile):
-        return original(storage, side, layer, tile).roll(storage.shape.head_dim // 2, dims=-1)
+    def flipped(*args):
+        for view in original(*args):
+            view.values.copy_(view.values.unflatten(0, (-1, 2)).roll(1, dims=1).flatten(0, 1))
+            yield view
 
     def check() -> None:
         check_decode(make_inputs(1, case(0)[0], LayerGroup((0,), 4, 4), [40], steps=2, query_heads=2))
 
-    original = partials._codes
+    original = partials._unpacked
     check()
-    monkeypatch.setattr(partials, "_codes", flipped)
+    monkeypatch.setattr(partials, "_unpacked", flipped)
     with pytest.raises(AssertionError, match="not close"):
         check()

@@ -5,19 +5,31 @@ With q̃ = query · s (key scale) · softmax scale, per group γ of G channels:
     S[t]  = Σ_γ ( scale_k[t,γ] · (q̃_γ · codes_γ[t]) + zero_k[t,γ] · Σ_{d∈γ} q̃_d )
     O_γ   = Σ_t (p[t] · scale_v[t,γ]) · codes_γ[t] + Σ_t p[t] · zero_v[t,γ]
 
-so no dequantized K or V is ever formed. Codes are widened to fp32 a tile at a time (a few MiB),
-and nothing of a tile outlives the call.
+so no dequantized K or V is ever formed. Codes are widened to fp32 a block at a time, in a workspace that stays in the
+core's L2: what this costs is memory traffic, not arithmetic. Planes of codes below 8 bits are masked, not shifted, so
+plane i holds codes · 2^(b·i); the query, or the output, is multiplied by the inverse, which is exact. Few queries read
+the planes apart, as they are packed; for many it pays to put the channels in order first.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from sglang_pmkvq.formats import K, V
-from sglang_pmkvq.kernels.plan import Tile
+from sglang_pmkvq.kernels import plan
+from sglang_pmkvq.kernels.plan import Run, Tile
 from sglang_pmkvq.kernels.storage import GroupStorage
+
+# Forms of blocks whose views a workspace keeps.
+MAX_FORMS = 256
+# Queries per row up to which planes are read apart: a product over the channels of a plane is slower than one over all
+# of them, and putting them in order costs as much as some ten queries.
+PLANAR_QUERIES = 16
 
 
 class Partial(NamedTuple):
@@ -26,6 +38,84 @@ class Partial(NamedTuple):
     peak: torch.Tensor
     total: torch.Tensor
     out: torch.Tensor
+
+
+class Unpacked(NamedTuple):
+    """Views of a workspace for blocks of one form, made once: anew they would cost half of a block's time.
+
+    Attributes:
+        gathered: rows of the block as they are stored: int64 words of codes, 16-bit values in their own dtype.
+        words, masked: codes below 8 bits, int64 ``[B, 1, x]``, and their planes ``[B, n, x]``; else None.
+        narrow, target: bytes or 16-bit values and where they are widened to, fp32, of equal shape.
+        values: what comes of it, fp32 ``[B*n, T, w]``. transposed: the same, ``[B*n, w, T]``.
+    """
+
+    gathered: torch.Tensor
+    words: torch.Tensor | None
+    masked: torch.Tensor | None
+    narrow: torch.Tensor
+    target: torch.Tensor
+    values: torch.Tensor
+    transposed: torch.Tensor
+
+
+class Workspace:
+    """What one block is unpacked in: 7 bytes per element, one per thread and device, used anew by every block."""
+
+    _own = threading.local()
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        self.elements = elements
+        self._gathered = torch.empty(elements // 4, dtype=torch.int64, device=device)
+        self._masked = torch.empty(elements // 8, dtype=torch.int64, device=device)
+        self._wide = torch.empty(elements, dtype=torch.float32, device=device)
+        self._forms: dict[tuple[object, ...], Unpacked] = {}
+
+    @classmethod
+    def of(cls, storage: GroupStorage) -> Workspace:
+        """This thread's workspace: for ``BLOCK_ELEMENTS``, or for one page of all heads if that is more."""
+        s = storage.shape
+        elements = max(plan.BLOCK_ELEMENTS, s.page_size * s.num_kv_heads * s.head_dim)
+        held: dict[torch.device, Workspace] = cls._own.__dict__.setdefault("held", {})
+        found = held.get(storage.device)
+        if found is None or found.elements < elements:
+            found = held[storage.device] = cls(elements, storage.device)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return self._gathered.nbytes + self._masked.nbytes + self._wide.nbytes
+
+    def form(self, storage: GroupStorage, bits: int, b: int, pages: int, planar: bool) -> Unpacked:
+        """Views for blocks of ``b`` rows (item, head) of ``pages`` pages, see ``_unpacked``."""
+        key = (storage.shape, storage.dtype, bits, b, pages, planar)
+        found = self._forms.get(key)
+        if found is None:
+            if len(self._forms) >= MAX_FORMS:
+                self._forms.clear()
+            found = self._forms[key] = self._make(storage, bits, b, pages, planar)
+        return found
+
+    def _make(self, storage: GroupStorage, bits: int, b: int, pages: int, planar: bool) -> Unpacked:
+        s = storage.shape
+        h, d, t = s.num_kv_heads, s.head_dim, pages * s.page_size
+        count, n = b * t * d, max(1, 8 // bits)
+        wide = self._wide[:count]
+        gathered = self._gathered[: count * bits // 64]
+        words = masked = None
+        if bits == 16:
+            values16 = gathered.view(storage.dtype)
+            gathered = values16.view(b * pages // h, -1)
+            narrow, target = values16.view(-1, t, h, d).transpose(1, 2), wide.view(-1, h, t, d)
+        else:
+            gathered = gathered.view(b * pages, -1)
+            if n > 1:
+                words = gathered.view(b, 1, -1)
+                masked = self._masked[: count // 8].view(b, n, -1)
+            narrow = (gathered if masked is None else masked).view(torch.uint8).view(b, n, t, d // n)
+            target = wide.view(b, n, t, d // n) if planar else wide.view(b, t, n, d // n).transpose(1, 2)
+        values = wide.view(-1, t, d // n) if planar else wide.view(b, t, d)
+        return Unpacked(gathered, words, masked, narrow, target, values, values.transpose(1, 2))
 
 
 def attend_tile(
@@ -47,13 +137,7 @@ def attend_tile(
         q_position: int32 ``[M, 1]`` positions of the queries for the causal mask (tiles with
             positions only), or None if every query sees every token of the tile.
     """
-    k_tier, v_tier = tile.tiers
-    g = storage.shape.group_size
-    if k_tier == 16:
-        scores = torch.bmm(q, _values16(storage, K, layer, tile).transpose(1, 2))
-    else:
-        zero, scale = _zero_scale(storage, K, layer, tile)
-        scores = _scores_on_codes(q_scaled, _codes(storage, K, layer, tile), zero, scale, g)
+    scores = _scores(storage, layer, tile, q, q_scaled)
     if logit_cap > 0.0:
         scores = scores.div_(logit_cap).tanh_().mul_(logit_cap)
     if q_position is not None:
@@ -65,109 +149,203 @@ def attend_tile(
     # A query that sees nothing here has peak −inf; subtracting 0 instead keeps its weights at 0.
     base = peak if q_position is None else peak.masked_fill(peak == -torch.inf, 0.0)
     p = scores.sub_(base.unsqueeze(-1)).exp_()
-    total = p.sum(dim=-1)
+    return Partial(peak, p.sum(dim=-1), _output(storage, layer, tile, p))
 
-    if v_tier == 16:
-        values = _values16(storage, V, layer, tile)
-        if tile.absent_rows is not None:
-            # Bytes past the end of a sequence are whatever the block held before; read as 16-bit
-            # floats they may be NaN, and 0 · NaN is not 0.
-            values.view(-1, values.shape[-1]).index_fill_(0, tile.absent_rows, 0.0)
-        out = torch.bmm(p, values)
-    else:
+
+def _scores(storage: GroupStorage, layer: int, tile: Tile, q: torch.Tensor, q_scaled: torch.Tensor) -> torch.Tensor:
+    """S ``[B, M, T]`` of a tile, T = C*P tokens."""
+    groups, whole, (b, m, _) = storage.shape.groups_per_head, tile.whole[K], q.shape
+    scores = q.new_empty(b, m, tile.pages_per_item * storage.shape.page_size)
+    coded = scores[whole:]
+    # Per group of channels; with one group the dots are the scores to be.
+    dots = coded.unsqueeze(1) if groups == 1 else q.new_empty(coded.shape[0], groups, *coded.shape[1:])
+    for run in tile.runs:
+        rows = slice(run.start, run.stop)
+        if run.tiers[K] == 16:
+            views = _unpacked(storage, K, layer, tile, run, m)
+            parts = zip(views, q[rows].split(run.block_rows), scores[rows].split(run.block_rows), strict=True)
+            for view, q_part, part in parts:
+                torch.bmm(q_part, view.transposed, out=part)
+        else:
+            _dots_on_codes(storage, layer, tile, run, q_scaled[rows], dots[run.start - whole : run.stop - whole])
+    if coded.shape[0]:
+        zero, scale = _zero_scale(storage, K, layer, tile)
+        q_sum = q_scaled[whole:].unflatten(-1, (groups, -1)).sum(dim=-1).transpose(1, 2).unsqueeze(-1)
+        dots.mul_(scale).addcmul_(q_sum, zero)
+        if groups > 1:
+            torch.sum(dots, dim=1, out=coded)
+    return scores
+
+
+def _output(storage: GroupStorage, layer: int, tile: Tile, p: torch.Tensor) -> torch.Tensor:
+    """O ``[B, M, D]`` of a tile from its weights p ``[B, M, T]``."""
+    groups, whole, (b, m, _) = storage.shape.groups_per_head, tile.whole[V], p.shape
+    out = p.new_empty(b, m, storage.shape.head_dim)
+    coded = p[whole:]
+    if coded.shape[0]:
         zero, scale = _zero_scale(storage, V, layer, tile)
         if tile.absent is not None:
-            # Likewise for the (zero, range) of stale tokens.
-            zero.masked_fill_(tile.absent, 0.0)
-            scale.masked_fill_(tile.absent, 0.0)
-        out = _output_on_codes(p, _codes(storage, V, layer, tile), zero, scale, g)
-    return Partial(peak, total, out)
+            # Bytes past the end of a sequence are whatever the block held before: read as (zero, range) they may be
+            # NaN, and 0 · NaN is not 0.
+            stale = tile.absent[whole:].unsqueeze(1)
+            zero.masked_fill_(stale, 0.0)
+            scale.masked_fill_(stale, 0.0)
+    for run in tile.runs:
+        rows = slice(run.start, run.stop)
+        if run.tiers[V] == 16:
+            views = _unpacked(storage, V, layer, tile, run, m)
+            parts = zip(run.blocks, views, p[rows].split(run.block_rows), out[rows].split(run.block_rows), strict=True)
+            for block, view, weights, part in parts:
+                if block.absent_rows is not None:
+                    view.values.view(-1, view.values.shape[-1]).index_fill_(0, block.absent_rows, 0.0)  # likewise
+                torch.bmm(weights, view.values, out=part)
+        else:
+            own = scale[run.start - whole : run.stop - whole]
+            _output_on_codes(storage, layer, tile, run, p[rows], own, out[rows])
+    if coded.shape[0]:
+        constant = torch.bmm(coded, zero.squeeze(2).transpose(1, 2))
+        out[whole:].unflatten(-1, (groups, -1)).add_(constant.unsqueeze(-1))
+    return out
 
 
-def _scores_on_codes(
-    q: torch.Tensor, codes: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor, g: int
-) -> torch.Tensor:
-    """S ``[B, M, CP]`` from q ``[B, M, D]``, codes fp32 ``[B, CP, D]``, zero and scale ``[B, D/G, CP]``."""
-    scores = None
-    for i in range(zero.shape[1]):
-        part = slice(i * g, (i + 1) * g)
-        dot = torch.bmm(q[..., part], codes[..., part].transpose(1, 2)).mul_(scale[:, i : i + 1])
-        scores = dot if scores is None else scores.add_(dot)
-    assert scores is not None
-    q_sum = q.unflatten(-1, (-1, g)).sum(dim=-1)
-    return torch.baddbmm(scores, q_sum, zero)
+def _dots_on_codes(storage: GroupStorage, layer: int, tile: Tile, run: Run, q: torch.Tensor, out: torch.Tensor) -> None:
+    """q̃ · codes per group of channels: q ``[B, M, D]``, out ``[B, D/G, M, T]``, contiguous."""
+    bits, (b, m, d) = run.tiers[K], q.shape
+    groups, t = out.shape[1], out.shape[3]
+    g = d // groups
+    n = _planes(bits, m)
+    w = d // n
+    if bits < 8:
+        planes = q.new_empty(b, n, m, w)
+        q = torch.mul(q.view(b, m, n, w).transpose(1, 2), _plane_factor(bits, n, w, q.device), out=planes)
+    q = q.view(b * n, m, w)
+    # Per run of channels of one plane and one group; those of a group are summed.
+    if w > g:
+        dots = out.view(b * n, w // g, m, t)
+    else:
+        dots = out.view(b * n, m, t) if w == g else q.new_empty(b * n, m, t)
+    views, size = _unpacked(storage, K, layer, tile, run, m), run.block_rows * n
+    for view, q_part, part in zip(views, q.split(size), dots.split(size), strict=True):
+        if w > g:
+            for i in range(w // g):
+                channels = slice(i * g, (i + 1) * g)
+                part[:, i] = torch.bmm(q_part[..., channels], view.transposed[:, channels])
+        else:
+            torch.bmm(q_part, view.transposed, out=part)
+    if w < g:
+        torch.sum(dots.view(b, groups, n // groups, m, t), dim=2, out=out)
 
 
 def _output_on_codes(
-    p: torch.Tensor, codes: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor, g: int
-) -> torch.Tensor:
-    """O ``[B, M, D]`` from p ``[B, M, CP]``, codes fp32 ``[B, CP, D]``, zero and scale ``[B, D/G, CP]``."""
-    parts = [torch.bmm(p * scale[:, i : i + 1], codes[..., i * g : (i + 1) * g]) for i in range(zero.shape[1])]
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    out.unflatten(-1, (-1, g)).add_(torch.bmm(p, zero.transpose(1, 2)).unsqueeze(-1))
-    return out
+    storage: GroupStorage, layer: int, tile: Tile, run: Run, p: torch.Tensor, scale: torch.Tensor, out: torch.Tensor
+) -> None:
+    """(p · scale) · codes: p ``[B, M, T]``, scale ``[B, D/G, 1, T]``, out ``[B, M, D]``, contiguous."""
+    bits, (b, m, t) = run.tiers[V], p.shape
+    groups, d = scale.shape[1], out.shape[2]
+    g = d // groups
+    n = _planes(bits, m)
+    w = d // n
+    # Where a group spans several planes its weights are written once for each.
+    weights = p.new_empty(b, groups, max(1, n // groups), m, t)
+    torch.mul(p[:, None, None], scale.unsqueeze(2).expand(-1, -1, weights.shape[2], -1, -1), out=weights)
+    weights = weights.view(b * n, *((w // g, m, t) if w > g else (m, t)))
+    planes = out if n == 1 else out.new_empty(b * n, m, w)
+    views, size = _unpacked(storage, V, layer, tile, run, m), run.block_rows * n
+    for view, own, part in zip(views, weights.split(size), planes.split(size), strict=True):
+        if w > g:
+            for i in range(w // g):
+                channels = slice(i * g, (i + 1) * g)
+                part[..., channels] = torch.bmm(own[:, i], view.values[..., channels])
+        else:
+            torch.bmm(own, view.values, out=part)
+    if bits < 8:
+        factor = _plane_factor(bits, n, w, out.device)
+        ordered = out.view(b, m, n, w).transpose(1, 2)
+        if n == 1:
+            ordered.mul_(factor)
+        else:
+            torch.mul(planes.view(b, n, m, w), factor, out=ordered)
 
 
-def _codes(storage: GroupStorage, side: int, layer: int, tile: Tile) -> torch.Tensor:
-    """Codes of a tile as fp32 ``[B, C*P, D]``, channels in order.
+def _planes(bits: int, queries: int) -> int:
+    """Planes that products go over one by one."""
+    return 8 // bits if queries <= PLANAR_QUERIES else 1
 
-    Bytes are masked eight at a time as int64: the bits that an arithmetic shift drags over a byte's
-    edge are exactly those that the mask clears.
+
+@lru_cache(maxsize=64)
+def _plane_factor(bits: int, n: int, w: int, device: torch.device) -> torch.Tensor:
+    """What undoes the places of unshifted planes, fp32 ``[n, 1, w]``: 2^(−b·i) for the channels of plane i."""
+    plane = torch.arange(n * w, device=device) // (n * w * bits // 8)
+    return torch.exp2(-bits * plane.to(torch.float32)).view(n, 1, w)
+
+
+@lru_cache(maxsize=8)
+def _plane_masks(bits: int, device: torch.device) -> torch.Tensor:
+    """The bits of each plane in every byte of a word, int64 ``[8/bits, 1]``."""
+    byte = [((1 << bits) - 1) << (bits * i) for i in range(8 // bits)]
+    words = torch.tensor(byte, dtype=torch.uint8).unsqueeze(1).repeat(1, 8).view(torch.int64)
+    return words.to(device)
+
+
+def _unpacked(storage: GroupStorage, side: int, layer: int, tile: Tile, run: Run, queries: int) -> Iterator[Unpacked]:
+    """The blocks of a run as fp32 in the workspace, each until the next is asked for.
+
+    16-bit values, or codes with plane i times 2^(bits·i); ``[B*n, T, w]`` with n planes of w = D/n channels where
+    planes are read apart, else n = 1, w = D and the channels in order.
     """
-    s = storage.shape
-    bits = tile.tiers[side]
-    width = s.head_dim * bits // 8
-    shape = (tile.items * s.num_kv_heads, tile.pages_per_item * s.page_size, width)
-    packed = storage.code_words(side, layer, bits).index_select(0, tile.rows[side])
-    if bits == 8:
-        return packed.view(torch.uint8).view(shape).to(torch.float32)
-    mask = ((1 << bits) - 1) * 0x0101010101010101
-    out = torch.empty((*shape[:2], s.head_dim), dtype=torch.float32, device=packed.device)
-    for i, plane in enumerate(out.split(width, dim=-1)):
-        part = (packed >> (i * bits)).bitwise_and_(mask) if i else packed & mask
-        plane.copy_(part.view(torch.uint8).view(shape))
-    return out
+    bits, workspace = run.tiers[side], Workspace.of(storage)
+    rows = storage.page_rows16[side][layer] if bits == 16 else storage.code_words[bits][side][layer]
+    view, size = None, 0
+    for block in run.blocks:
+        if view is None or block.stop - block.start != size:
+            size = block.stop - block.start
+            view = workspace.form(storage, bits, size, tile.pages_per_item, queries <= PLANAR_QUERIES)
+        torch.index_select(rows, 0, block.rows[side], out=view.gathered)
+        if view.words is not None and view.masked is not None:
+            torch.bitwise_and(view.words, _plane_masks(bits, rows.device), out=view.masked)
+        view.target.copy_(view.narrow)
+        yield view
 
 
 def _zero_scale(storage: GroupStorage, side: int, layer: int, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
-    """zero and scale = range/(2^b − 1) of a tile, fp32 ``[B, D/G, C*P]`` each, free to be changed.
+    """zero and scale = range/(2^b − 1) of the rows with codes, fp32 ``[B, D/G, 1, T]`` each, free to be changed.
 
     2-bit codes of keys span the middle share of the stored range that ``storage.key_clip`` says.
     """
     s = storage.shape
-    got = storage.meta_rows(side, layer).index_select(0, tile.meta_rows)
+    got = storage.meta_rows[side][layer].index_select(0, tile.meta_rows[side])
     got = got.view(-1, tile.pages_per_item, s.groups_per_head, s.page_size, 2).permute(4, 0, 2, 1, 3)
-    zero, span = got.to(torch.float32, memory_format=torch.contiguous_format).flatten(3).unbind(0)
-    if side == K and tile.tiers[side] == 2 and storage.key_clip is not None:
-        share = storage.key_clip[layer].repeat(tile.items)[:, None, None]
-        zero.addcmul_(span, 0.5 - 0.5 * share)
-        span.mul_(share)
-    return zero, span.div_((1 << tile.tiers[side]) - 1)
+    pair = torch.empty(got.shape, dtype=torch.float32, device=got.device).copy_(got)
+    zero, span = pair.flatten(3).unsqueeze(3).unbind(0)
+    if side == K and storage.key_clip is not None:
+        for run in tile.runs:
+            if run.tiers[K] == 2:
+                rows = slice(run.start - tile.whole[K], run.stop - tile.whole[K])
+                share = storage.key_clip[layer].repeat((run.stop - run.start) // s.num_kv_heads)[:, None, None, None]
+                zero[rows].addcmul_(span[rows], 0.5 - 0.5 * share)
+                span[rows].mul_(share)
+    return zero, span.div_(tile.levels[side])
 
 
-def _values16(storage: GroupStorage, side: int, layer: int, tile: Tile) -> torch.Tensor:
-    """16-bit values of a tile as fp32 ``[B, C*P, D]``."""
-    s = storage.shape
-    got = storage.pages16(side, layer).flatten(1).index_select(0, tile.rows[side])
-    got = got.view(tile.items, -1, s.num_kv_heads, s.head_dim).transpose(1, 2)
-    x = got.to(torch.float32, memory_format=torch.contiguous_format)
-    # A new buffer even where nothing had to be converted or moved: callers write to it.
-    return x.flatten(0, 1)
-
-
-def merge_items(partial: Partial, item_request: torch.Tensor, requests: int) -> Partial:
-    """Partials ``[I, ...]`` of items merged by request: ``[requests, ...]``, still unnormalized.
+def merge_items(parts: list[Partial], item_request: torch.Tensor, requests: int, heads: int) -> Partial:
+    """Partials of tiles ``[items * H, M, ...]`` merged by request: ``[requests, heads, ...]``, still unnormalized.
 
     A request without items has peak −inf and sum 0.
+
+    Args:
+        item_request: int64 ``[I]``, the request of each item of the tiles.
     """
-    index = item_request.unsqueeze(1).expand_as(partial.peak)
-    peak = partial.peak.new_full((requests, partial.peak.shape[1]), -torch.inf)
-    peak.scatter_reduce_(0, index, partial.peak, "amax")
-    weight = (partial.peak - peak[item_request]).exp_()
-    total = torch.zeros_like(peak).index_add_(0, item_request, partial.total * weight)
-    out = partial.out.new_zeros((requests, *partial.out.shape[1:]))
-    out.index_add_(0, item_request, partial.out * weight.unsqueeze(-1))
-    return Partial(peak, total, out)
+    part = parts[0] if len(parts) == 1 else Partial(*(torch.cat(x) for x in zip(*parts, strict=True)))
+    item_peak, item_total = part.peak.view(-1, heads), part.total.view(-1, heads)
+    item_out = part.out.view(item_peak.shape[0], -1)
+    index = item_request.unsqueeze(1).expand_as(item_peak)
+    peak = item_peak.new_full((requests, heads), -torch.inf)
+    peak.scatter_reduce_(0, index, item_peak, "amax")
+    weight = item_peak.sub_(peak.index_select(0, item_request)).exp_()
+    total = torch.zeros_like(peak).index_add_(0, item_request, item_total.mul_(weight))
+    part.out.view(*weight.shape, -1).mul_(weight.unsqueeze(-1))
+    out = item_out.new_zeros(requests, item_out.shape[1]).index_add_(0, item_request, item_out)
+    return Partial(peak, total, out.view(requests, heads, -1))
 
 
 def merge_two(a: Partial, b: Partial) -> Partial:
@@ -179,8 +357,12 @@ def merge_two(a: Partial, b: Partial) -> Partial:
     return Partial(peak, a.total * wa + b.total * wb, out)
 
 
-def finish(partial: Partial) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output fp32 (0 where nothing was seen) and LSE (natural log, −inf there)."""
-    seen = partial.total > 0
-    out = partial.out / partial.total.masked_fill(~seen & (partial.peak == -torch.inf), 1.0).unsqueeze(-1)
-    return out, partial.peak + partial.total.log()
+def finish(partial: Partial) -> torch.Tensor:
+    """Output fp32, 0 where nothing was seen."""
+    # A sum is 0 there and else at least 1, the weight of the maximum.
+    return partial.out / partial.total.clamp_min(1.0).unsqueeze(-1)
+
+
+def log_sum_exp(partial: Partial) -> torch.Tensor:
+    """LSE of the scores, natural log, −inf where nothing was seen."""
+    return partial.peak + partial.total.log()
