@@ -261,6 +261,21 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def headline(result: Result) -> str:
+    """The README's rows of an accuracy file: every method, in the order of the file, and little about each."""
+    names = ["method", "pool MiB", "right answers", "95 %", "bits, mean"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for (name, pool, problems), rows in accuracy.groups(result).items():
+        low, high = accuracy.interval(rows)
+        name = f"{name.partition('-')[0]}, calibrated at 2.5" if name.endswith(".safetensors") else name
+        bits = sum(row["effective_bits_avg"] for row in rows) / len(rows)
+        right = f"{sum(row['right'] for row in rows)}/{problems * len(rows)}"
+        lines.append(
+            f"| {name} | {pool / 2**20:.0f} | {right} | {100 * low:.0f} to {100 * high:.0f} % | {bits:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def _baseline(result: Result) -> str | None:
     """The static method of the table, if there is one."""
     names = [row["key"]["method"] for row in result["rows"]]
