@@ -128,10 +128,11 @@ def test_any_mix_of_steps_and_lengths(seed, finals, shape, lens, data):
 
 
 def test_long_sequences_cross_items_and_tiles(monkeypatch):
-    """Items of different requests in one tile, requests over several tiles, several query tiles."""
+    """Items of different requests in one block and tile, requests over several of both, several query tiles."""
     page_shape, heads = case(0)
     monkeypatch.setattr(plan_module, "MAX_ITEM_TOKENS", 64)
-    monkeypatch.setattr(plan_module, "TILE_ELEMENTS", 3 * 64 * 128)
+    monkeypatch.setattr(plan_module, "BLOCK_ELEMENTS", 2 * 64 * 128)
+    monkeypatch.setattr(plan_module, "TILE_ELEMENTS", 7 * 64 * 128)
     monkeypatch.setattr(host_attention, "SCORE_ELEMENTS", 5 * 2 * 64)
     lens = [700, 33, 250, 1]
     inputs = make_inputs(5, page_shape, LayerGroup((0,), 4, 2), lens, query_heads=heads)
