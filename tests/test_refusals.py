@@ -250,6 +250,7 @@ def test_plugin_not_loaded() -> None:
 PAGE_BYTES = 6 * 2 * 16 * 128 * 2
 
 
+@pytest.mark.full
 @pytest.mark.server
 def test_pool_too_small_names_one_that_works(tmp_path: Path) -> None:
     """Two prefill chunks do not fit; the smallest pool of the message serves, one byte less does not."""
