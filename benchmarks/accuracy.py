@@ -211,7 +211,7 @@ def groups(result: dict[str, Any]) -> dict[tuple[str, int, int], list[Row]]:
 def table(result: dict[str, Any], baseline: str | None = None) -> str:
     """Rows as Markdown; with a baseline, differences to it on the same problems and bytes, with their interval."""
     names = ["method", "pool MiB", "pass@1", "95 %", "tokens", "peak MiB", "mean MiB", "eff. bits", "at the end"]
-    names += ["tok/s", "retractions", *([f"points against {baseline}"] if baseline else [])]
+    names += ["retractions", *([f"points against {baseline}"] if baseline else [])]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     by = groups(result)
     for (name, pool, problems), rows in by.items():
@@ -231,7 +231,6 @@ def table(result: dict[str, Any], baseline: str | None = None) -> str:
             f"{mean('used_bytes_avg') / 2**20:.1f}",
             f"{mean('effective_bits_avg'):.2f}",
             f"{mean('end_bits_mean'):.2f}",
-            f"{sum(row['output_tokens'] for row in rows) / sum(row['wall_s'] for row in rows):.0f}",
             f"{sum(row['retractions'] for row in rows)}",
         ]
         other = by.get((baseline or "", pool, problems))

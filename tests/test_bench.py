@@ -173,7 +173,7 @@ def test_table_pools_samples_and_compares_the_same_problems() -> None:
     assert "+10.0 (" in lines[3]
     assert lines[4].endswith("| - |")
     assert "missing: not on a CPU" in lines[5]
-    assert {line.count("|") for line in lines} == {13}
+    assert {line.count("|") for line in lines} == {12}
     low, high = accuracy.bootstrap(np.array([0.0, 1.0] * 50))
     assert 0.35 < low < 0.45
     assert 0.55 < high < 0.65
