@@ -109,8 +109,10 @@ def _served(result: Result) -> list[Point]:
 
 
 def _offline(result: Result) -> list[Point]:
-    """KIVI only: the other offline rows repeat what servers measured."""
+    """KIVI only, its rows of most problems: the other offline rows repeat what servers measured."""
     rows = [row for row in result["rows"] if "missing" not in row]
+    most = max((row["key"]["problems"] for row in rows), default=0)
+    rows = [row for row in rows if row["key"]["problems"] == most]
     full = [row for row in rows if row["key"]["method"] == "16bit"]
     points = []
     for row in rows if full else ():
