@@ -288,17 +288,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 try:
                     results.add(key, **measure(run, method, size, sample))
                 except ServerFailed as error:
-                    results.missing(key, reason(error))
+                    results.missing(key, error.reason)
             bar.update()
     results.order(key for key, *_ in rows)
     print(table({"rows": results.rows}, options.baseline))
     return 0
-
-
-def reason(error: ServerFailed) -> str:
-    """The last error line of a server's log: why it did not start."""
-    lines = [line.strip() for line in str(error).splitlines() if re.search(r"\b\w*(Error|Exception)\b|: error:", line)]
-    return (lines or str(error).splitlines())[-1][:300]
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import logit_record, methods
-from benchmarks.accuracy import reason
 from benchmarks.methods import Method, held_bytes, model_facts
 from benchmarks.result import Results, write
 from benchmarks.serving import Server, ServerFailed, generate_many, serve
@@ -413,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pmkvq bench kld: {error}", file=sys.stderr)
         return 2
     except (ServerFailed, Unequal) as error:
-        why = reason(error) if isinstance(error, ServerFailed) else error
+        why = error.reason if isinstance(error, ServerFailed) else error
         print(f"pmkvq bench kld: the 16-bit server: {why}", file=sys.stderr)
         return 1
 
@@ -436,7 +435,7 @@ def _run(run: Run, results: Results, control: bool, bounded: Sequence[Method]) -
                 try:
                     results.add(keys[-1], **measure(run, method, size))
                 except ServerFailed as error:
-                    results.missing(keys[-1], reason(error))
+                    results.missing(keys[-1], error.reason)
                 except Unequal as error:
                     results.missing(keys[-1], str(error))
             bar.update()

@@ -27,7 +27,6 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
-from benchmarks.accuracy import reason
 from benchmarks.methods import Method, arguments, config, methods
 from benchmarks.pressure import prompt_ids
 from benchmarks.reasoner.task import EVAL_SEED_START, Problem, check, make_problem, render
@@ -272,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 results.add(key, **measure(method, options, key["seed"], bar))
             except ServerFailed as error:
-                results.missing(key, reason(error))
+                results.missing(key, error.reason)
     results.order(key for key, _ in keys)
     print(table({**results.head, "rows": results.rows}))
     return 0

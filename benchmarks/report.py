@@ -220,8 +220,9 @@ KINDS: dict[str, Kind] = {
     "accuracy": Kind(
         "Accuracy at equal bytes",
         "Right answers through the decode path of real servers. Rows of one pool size had the same bytes; `16bit` had "
-        "all it needs. *Peak* and *mean* are bytes of pages in use; *at the end* is the mean width of a request's KV "
-        "when its answer was complete. Speed is measured by `serve`.",
+        "all it needs. *Peak* and *mean* are bytes of mapped pages; ours count finished answers that the prefix cache "
+        "still holds, stock's (from its log) do not. *At the end* is the mean width of a request's KV when its answer "
+        "was complete. Speed is measured by `serve`.",
         lambda result: accuracy.table(result, _baseline(result)),
         _frontier,
     ),

@@ -78,7 +78,7 @@ class Results:
     A second run with the same settings goes on with the rows that the file lacks.
 
     Attributes:
-        command: the command of this run.
+        command, commit: of this run; the commit is the one that was checked out when it began.
         rows: measured rows; each holds its ``key``, and either values or ``missing``: why there are none.
     """
 
@@ -100,6 +100,7 @@ class Results:
             "versions": versions(),
         }
         self.command = " ".join(["pmkvq bench", benchmark, *(sys.argv[1:] if argv is None else argv)])
+        self.commit = commit()
         self.rows: list[Row] = []
         if path is not None and path.exists():
             self._resume(path)
@@ -123,7 +124,7 @@ class Results:
 
     def add(self, key: Key, **values: Any) -> Row:
         """Append a row and write the file. Command and commit are noted: a resumed run's may be others."""
-        row = {"key": key, **values, "command": self.command, "commit": commit()}
+        row = {"key": key, **values, "command": self.command, "commit": self.commit}
         self.rows.append(row)
         self._save()
         return row

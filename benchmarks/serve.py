@@ -42,7 +42,6 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from benchmarks.accuracy import reason
 from benchmarks.methods import PAGE, Method, arguments, bytes_per_token, config, methods, model_facts
 from benchmarks.result import Results
 from benchmarks.serving import Server, ServerFailed, scheduler_pid, serve
@@ -392,7 +391,7 @@ class Bench:
             except ServerFailed as error:
                 if name == group[0]:
                     raise
-                self.results.missing({"method": name}, reason(error))
+                self.results.missing({"method": name}, error.reason)
         return servers
 
     def _turn(self, servers: dict[str, Server], repeat: int, profile: Profile, concurrency: int) -> dict[str, Any]:

@@ -47,6 +47,13 @@ def free_port() -> int:
 class ServerFailed(RuntimeError):
     """The server ended before it was ready; the message ends with its log."""
 
+    @property
+    def reason(self) -> str:
+        """The last line of the log that names an error, else its last line."""
+        lines = str(self).splitlines()
+        errors = [line.strip() for line in lines if re.search(r"\b\w*(Error|Exception)\b|: error:", line)]
+        return (errors or lines)[-1][:300]
+
 
 @dataclass
 class Server:

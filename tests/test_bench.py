@@ -203,7 +203,7 @@ def test_wrong_options_are_one_sentence(line: str, message: str, capsys: pytest.
 
 def test_reason_is_the_last_error() -> None:
     log = "exit 1\nTraceback:\nKeyError: 1\n[time] ValueError: fp8 is not for CPUs\nKilled"
-    assert accuracy.reason(ServerFailed(log)) == "[time] ValueError: fp8 is not for CPUs"
+    assert ServerFailed(log).reason == "[time] ValueError: fp8 is not for CPUs"
 
 
 def test_every_benchmark_is_there() -> None:

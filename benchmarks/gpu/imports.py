@@ -51,7 +51,7 @@ MODULES = (
 DISTRIBUTIONS = ("torch", "triton", "transformers", "sglang", "sglang-kernel", "flashinfer-python", "sglang-pmkvq")
 
 
-def stub_driver(library: Path, folder: Path) -> Path:
+def dead_driver(library: Path, folder: Path) -> Path:
     """A ``libcuda.so.1`` with every driver function that `library` asks for; each ends the process when called."""
     listing = subprocess.run(
         ["nm", "-D", "--undefined-only", str(library)], check=True, capture_output=True, text=True
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             operators = max(Path(spec.origin).parent.glob("sm*/common_ops.*"))
             pretend_gpu(9 if operators.parent.name == "sm90" else 10)
             # Found by its name when the operators ask for it.
-            ctypes.CDLL(str(stub_driver(operators, Path(folder))), mode=ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(dead_driver(operators, Path(folder))), mode=ctypes.RTLD_GLOBAL)
         for name in MODULES:
             try:
                 importlib.import_module(name)

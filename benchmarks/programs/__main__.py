@@ -21,7 +21,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks.accuracy import reason
 from benchmarks.methods import Method, arguments, bytes_per_token, config, methods
 from benchmarks.programs import best_of_n, problems, self_consistency, tree_of_thought, tutor
 from benchmarks.programs.problems import Problem
@@ -142,7 +141,7 @@ def run(options: argparse.Namespace, argv: Sequence[str] | None) -> Results:
                         results.add(key, **row)
         except ServerFailed as error:
             for key in todo:
-                results.missing(key, reason(error))
+                results.missing(key, error.reason)
     results.order(plan)
     return results
 
