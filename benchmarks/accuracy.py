@@ -105,7 +105,7 @@ def measure(run: Run, method: Method, pool: int, sample: int) -> dict[str, Any]:
     """Serve one method and answer every problem once."""
     o = run.options
     args = method.server_args(o.model, pool, run.concurrency, o.chunk)
-    args += ["--random-seed", str(o.seed + sample), *o.server_args.split()]
+    args += ["--random-seed", str(o.seed + sample), *methods.extra_args(o)]
     with serve(o.model, args, quant=method.quant) as server:
         server.flush()
         server.mark()

@@ -171,7 +171,7 @@ class Run:
         o = self.options
         args = method.server_args(o.model, pool, self.concurrency, o.chunk)
         args += ["--enable-custom-logit-processor", "--disable-radix-cache", "--random-seed", str(o.seed)]
-        with serve(o.model, [*args, *o.server_args.split()], quant=method.quant) as server:
+        with serve(o.model, [*args, *methods.extra_args(o)], quant=method.quant) as server:
             yield server
 
     def sixteen_bytes(self) -> int:

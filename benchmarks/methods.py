@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,22 @@ def arguments(parser: argparse.ArgumentParser, default: str, out: str, *, server
     parser.add_argument("--out", type=Path, default=Path(out), help="result file, default %(default)s; a run goes on")
     if servers:
         parser.add_argument("--seed", type=int, default=0)
-        parser.add_argument("--server-args", default="", help="further flags for every server, in one string")
+        more = "further flags for every server, in one string, quoted as for a shell"
+        parser.add_argument("--server-args", default="", type=_shell_words, help=more)
+
+
+def extra_args(options: argparse.Namespace) -> list[str]:
+    """``--server-args`` as a shell would split it."""
+    return shlex.split(options.server_args)
+
+
+def _shell_words(text: str) -> str:
+    """``text``, if a shell could split it."""
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    return text
 
 
 def size_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
-from benchmarks.methods import Method, arguments, config, methods
+from benchmarks.methods import Method, arguments, config, extra_args, methods
 from benchmarks.pressure import prompt_ids
 from benchmarks.reasoner.task import EVAL_SEED_START, Problem, check, make_problem, render
 from benchmarks.result import Results, wilson
@@ -171,7 +171,7 @@ def measure(method: Method, options: argparse.Namespace, seed: int, bar: tqdm[An
     turns = trace(options.contexts, options.turns, options.lines, options.order, seed)
     prompts, _ = prompt_ids(options.model, [turn.problem for turn in turns])
     args = method.server_args(options.model, parse_size(options.pool_bytes), options.concurrency, options.chunk)
-    with serve(options.model, [*args, *options.server_args.split()], quant=method.quant) as server:
+    with serve(options.model, [*args, *extra_args(options)], quant=method.quant) as server:
         # The first request of a server is slow.
         server.generate(input_ids=prompts[0], sampling_params={"max_new_tokens": 16})
         server.flush()

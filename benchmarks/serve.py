@@ -42,7 +42,7 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from benchmarks.methods import PAGE, Method, arguments, bytes_per_token, config, methods, model_facts
+from benchmarks.methods import PAGE, Method, arguments, bytes_per_token, config, extra_args, methods, model_facts
 from benchmarks.result import Results
 from benchmarks.serving import Server, ServerFailed, scheduler_pid, serve
 from sglang_pmkvq.config import parse_size
@@ -385,7 +385,7 @@ class Bench:
         for name in group:
             method = self.methods[name]
             args = method.server_args(self.options.model, self.pool_bytes, max(self.concurrency), self.options.chunk)
-            args += ["--tokenizer-path", str(self.tokenizer), *self.options.server_args.split()]
+            args += ["--tokenizer-path", str(self.tokenizer), *extra_args(self.options)]
             try:
                 servers[name] = stack.enter_context(serve(self.options.model, args, quant=method.quant))
             except ServerFailed as error:

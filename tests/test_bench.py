@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import accuracy, report, tasks
-from benchmarks.methods import bytes_per_token, methods
+from benchmarks.methods import bytes_per_token, extra_args, methods
 from benchmarks.result import Results, wilson
 from benchmarks.serving import REASONER, ROOT, ServerFailed
 from sglang_pmkvq import cli
@@ -199,6 +199,14 @@ def test_wrong_options_are_one_sentence(line: str, message: str, capsys: pytest.
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_server_args_are_split_as_a_shell_does(capsys: pytest.CaptureFixture[str]) -> None:
+    options = accuracy.parse(["--server-args", """--tp-size 2 --json-model-override-args '{"a": "b c"}'"""])
+    assert extra_args(options) == ["--tp-size", "2", "--json-model-override-args", '{"a": "b c"}']
+    with pytest.raises(SystemExit):
+        accuracy.parse(["--server-args", "'open"])
+    assert "--server-args: 'open: No closing quotation" in capsys.readouterr().err
 
 
 def test_reason_is_the_last_error() -> None:

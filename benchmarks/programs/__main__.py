@@ -12,7 +12,6 @@ lowest and mean payload bits of what is. Chains are sampled, so their texts diff
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks.methods import Method, arguments, bytes_per_token, config, methods
+from benchmarks.methods import Method, arguments, bytes_per_token, config, extra_args, methods
 from benchmarks.programs import best_of_n, problems, self_consistency, tree_of_thought, tutor
 from benchmarks.programs.problems import Problem
 from benchmarks.programs.runs import Client, Program, figures
@@ -127,7 +126,7 @@ def run(options: argparse.Namespace, argv: Sequence[str] | None) -> Results:
         args = method.server_args(
             options.model, None if method.unbounded else pool_bytes, options.running, options.chunk
         )
-        args += ["--random-seed", str(options.seed), *shlex.split(options.server_args)]
+        args += ["--random-seed", str(options.seed), *extra_args(options)]
         try:
             with serve(options.model, args, quant=method.quant) as server:
                 client = Client(server.url, tokenizer)
