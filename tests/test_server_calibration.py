@@ -99,11 +99,18 @@ COMMON = ["--skip-tokenizer-init", "--context-length", "4096"]
 
 @pytest.mark.parametrize("architecture", ["qwen2", pytest.param("qwen3", marks=pytest.mark.full)])
 def test_other_architectures_under_pressure(architecture: str, tmp_path: Path) -> None:
-    """Biases; QK-norm. A pool of a third of what the requests need: all finish, all groups reach their finals."""
+    """Biases; QK-norm. A pool of a third of what the requests need: all finish, all groups reach their finals.
+
+    Without overlap, with mixed chunks and the policy ``uniform``: the suite's servers elsewhere have the other modes.
+    """
     model, path = calibrated(architecture, tmp_path)
     token_bytes = 3 * FACTS[architecture]["kv_heads"] * 64 * 2 * 2
-    args = ["--pmkvq-calibration", str(path), "--pmkvq-pool-bytes", str(1100 * token_bytes), *COMMON]
-    with serve(model, [*args, "--chunked-prefill-size", "64", "--max-running-requests", "6"], env=STRICT) as server:
+    args = [
+        *COMMON, "--pmkvq-calibration", str(path), "--pmkvq-pool-bytes", str(1100 * token_bytes),
+        "--chunked-prefill-size", "64", "--max-running-requests", "6",
+        "--disable-overlap-schedule", "--enable-mixed-chunk", "--pmkvq-policy", "uniform",
+    ]  # fmt: skip
+    with serve(model, args, env=STRICT) as server:
         bodies = [
             {"input_ids": p, "sampling_params": {"temperature": 0, "max_new_tokens": 120, "ignore_eos": True}}
             for p in random_prompts(8, 12, 200, 512)

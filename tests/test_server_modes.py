@@ -22,13 +22,18 @@ pytestmark = pytest.mark.server
 @pytest.mark.parametrize(
     ("flags", "env"),
     [
-        (("--enable-mixed-chunk", "--disable-overlap-schedule", "--pmkvq-policy", "uniform"), {}),
-        (
+        pytest.param(
+            ("--enable-mixed-chunk", "--disable-overlap-schedule", "--pmkvq-policy", "uniform"),
+            {},
+            id="mixed-chunk-no-overlap-uniform",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
             ("--enable-mixed-chunk", "--page-size", "32", "--pmkvq-protect", "hard", "--pmkvq-group-size", "32"),
             {"SGLANG_TEST_RETRACT": "1"},
+            id="mixed-chunk-retract-page32-hard-group32",
         ),
     ],
-    ids=["mixed-chunk-no-overlap-uniform", "mixed-chunk-retract-page32-hard-group32"],
 )
 def test_two_groups_under_pressure(flags: tuple[str, ...], env: dict[str, str]) -> None:
     """All finish, nearly all right, nothing leaks, both groups shrink to their own finals."""
