@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pressure import table as pressure_table
+from benchmarks.soak import slope
 from benchmarks.transform_rows import table as transforms_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -274,7 +275,9 @@ def _percents(result: dict[str, Any]) -> str:
 
 
 def _soak(result: dict[str, Any]) -> str:
-    slope = result["mib_per_hour"]
+    resident = [r["rss_mib"] for r in result["rounds"]]
+    at = [f"{resident[round(q * (len(resident) - 1))]:,.0f}" for q in (0, 0.25, 0.5, 0.75, 1)]
+    slopes = [slope(result["rounds"], share) for share in (0.5, 0.25)]
     rows = [
         ("minutes, clients, idle checks", f"{result['minutes']:g}, {result['clients']}, {result['idle_checks']}"),
         ("requests asked", sum(result["asked"].values())),
@@ -287,9 +290,14 @@ def _soak(result: dict[str, Any]) -> str:
         ("answers with nothing shrunk, right", f"{result['answers_at_16_bits']}, {result['right_at_16_bits']}"),
         ("answers over shrunk pages, right", f"{result['answers_below']}, {result['right_below']}"),
         ("asked again from stock, different", f"{result['asked_again_from_stock']}, {result['different_from_stock']}"),
-        ("resident memory, MiB per hour", "-" if slope is None else f"{slope:+.1f}"),
+        ("resident memory: first, after each quarter of the idle moments, MiB", ", ".join(at)),
+        ("its slope over the last half and quarter, MiB per hour", _slopes(slopes)),
     ]
     return markdown(["what", "count"], rows)
+
+
+def _slopes(slopes: Sequence[float | None]) -> str:
+    return ", ".join("-" if s is None else f"{s:+.0f}" for s in slopes)
 
 
 def _counts(result: dict[str, Any]) -> str:
@@ -385,6 +393,12 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "Soak",
         "Mixed traffic at four times what the pool holds at 16 bits, with everything that clients and operators do to "
         "a server; what is checked: [reliability](reliability.md).",
+        _soak,
+    ),
+    (
+        "soak_stock",
+        "The same traffic on stock SGLang",
+        "The control for resident memory, in the same KV bytes.",
         _soak,
     ),
     (

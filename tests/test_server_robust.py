@@ -248,6 +248,8 @@ def fuzz(server: Server, examples: int) -> dict[int, int]:
             status = requests.post(f"{server.url}{path}", json=body, timeout=3).status_code
         except requests.Timeout:  # asked to wait for ever: it runs, or is paused
             status = 0
+        except requests.exceptions.ChunkedEncodingError:  # SGLang's handler raised once a stream had begun (rid=[])
+            status = -1
         seen[status] = seen.get(status, 0) + 1
         if path == "/pause_generation":
             requests.post(f"{server.url}/continue_generation", json={}, timeout=20)
