@@ -74,6 +74,14 @@ def test_evaluated_answers_depend_on_most_lines() -> None:
     assert all(p.dependence >= task.MIN_DEPENDENCE for p in problems)
 
 
+def test_short_evaluated_problems_have_an_end() -> None:
+    """Seed 855 draws five constants for six lines: one operation reaches three of them, too few."""
+    short = [task.make_problem(task.EVAL_SEED_START + seed, lines) for lines in range(2, 13) for seed in range(850, 860)]
+    assert all(p.dependence >= task.MIN_DEPENDENCE for p in short)
+    with pytest.raises(ValueError, match="6 lines has at most 4 constants, got 5"):
+        task.make_problem(task.EVAL_SEED_START, 6, 5)
+
+
 def test_changing_any_needed_constant_changes_the_execution() -> None:
     rng = random.Random(0)
     for seed in range(20):

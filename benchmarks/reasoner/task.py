@@ -133,13 +133,23 @@ def make_problem(seed: int, lines: int, constants: int | None = None) -> Problem
     """The problem of this seed with ``lines`` assignments (2..255).
 
     ``constants`` fixes the number of constant lines, and so the exact length (training uses this to make
-    batches without padding); by default it is drawn: three, and one more in about sixteen lines.
+    batches without padding); by default it is drawn: three, and one more in about sixteen lines. A problem for
+    evaluation has no more than leave its answer enough lines to depend on.
+
+    Raises:
+        ValueError: ``lines`` is out of range, or so many ``constants`` are asked of a problem for evaluation.
     """
     if not 2 <= lines < NAMES:
         raise ValueError(f"lines must be 2..{NAMES - 1}, got {lines}")
     rng = random.Random(seed * 1024 + lines)
+    most = lines - 1
+    if seed >= EVAL_SEED_START:
+        # n operations reach n + 1 other lines at most: a tree.
+        most = max(c for c in range(1, lines) if 2 * (lines - c) + 1 >= MIN_DEPENDENCE * lines)
     if constants is None:
-        constants = min(lines - 1, 3 + sum(rng.random() < 1 / 16 for _ in range(lines - 3)))
+        constants = min(most, 3 + sum(rng.random() < 1 / 16 for _ in range(lines - 3)))
+    elif constants > most:
+        raise ValueError(f"a problem of {lines} lines has at most {most} constants, got {constants}")
     program, asked = _draw(rng, lines, constants)
     if seed >= EVAL_SEED_START:
         while _dependence(program, asked) < MIN_DEPENDENCE:
