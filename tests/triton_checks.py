@@ -39,6 +39,8 @@ RELATIVE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Rounding q̃ to the dot dtype moves a score by its error times the range of the keys.
 LSE_ABSOLUTE = {torch.float16: 1e-2, torch.bfloat16: 1e-1}
 SENTINEL = 12288.0
+# Of a calibration, in a storage.
+CONSTANTS = ("key_scale", "rotation", "key_clip", "clip_edge")
 # Bytes on either side of a fenced tensor, a multiple of every alignment.
 FENCE = 4096
 
@@ -60,7 +62,7 @@ def on_device(storage: GroupStorage, device: str) -> GroupStorage:
     """The same storage on a device."""
     arenas, meta = (tuple(None if t is None else t.to(device) for t in x) for x in (storage.arenas, storage.meta))
     counters = ("clipped_groups", "dropped_rows", "unmapped_reads")
-    others = {name: getattr(storage, name) for name in ("table", "key_scale", "key_clip", "clip_edge", *counters)}
+    others = {name: getattr(storage, name) for name in ("table", *CONSTANTS, *counters)}
     others = {name: None if t is None else t.to(device) for name, t in others.items()}
     return dataclasses.replace(storage, arenas=arenas, meta=meta, **others)
 
@@ -75,7 +77,7 @@ def fenced(storage: GroupStorage) -> tuple[GroupStorage, list[torch.Tensor]]:
         whole.append(torch.full((old.nbytes + 2 * FENCE,), 0xA5, dtype=torch.uint8, device=old.device))
         return whole[-1][FENCE:-FENCE].view(old.dtype).view(old.shape).copy_(old)
 
-    fields = {name: inner(getattr(storage, name)) for name in ("table", "key_scale", "key_clip", "clip_edge")}
+    fields = {name: inner(getattr(storage, name)) for name in ("table", *CONSTANTS)}
     fields |= {name: tuple(inner(t) for t in getattr(storage, name)) for name in ("arenas", "meta")}
     return dataclasses.replace(storage, **fields), whole
 
