@@ -88,7 +88,8 @@ def check_fenced(whole: list[torch.Tensor]) -> None:
 
 
 def adversarial(tokens: int, heads: int, dim: int, seed: int) -> torch.Tensor:
-    """Rows with constants, tiny and huge ranges, offsets, NaN, infinities and values beyond fp16."""
+    """Rows with constants, tiny and huge ranges, offsets, NaN, infinities, values beyond fp16, and such whose rotation
+    depends on the order of its sums."""
     gen = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, heads, dim, generator=gen)
     x *= torch.exp2(torch.randint(-26, 16, (tokens, heads, 1), generator=gen).float())
@@ -102,6 +103,8 @@ def adversarial(tokens: int, heads: int, dim: int, seed: int) -> torch.Tensor:
     x[6::16, :, 0], x[6::16, :, 1] = -3e38, 3e38
     x[8::16] = 0.0
     x[9::16] = (torch.arange(dim).float() % 511) / 2  # ties of the first rounding
+    x[10::16] = torch.randn(x[10::16].shape, generator=gen)
+    x[10::16, :, ::2] = 2.0**15  # cancel but for two rotated channels, and round the others before or after
     return x
 
 
