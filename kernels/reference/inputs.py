@@ -81,8 +81,9 @@ def make_inputs(
     scale = torch.exp2(torch.rand(layers, h, d, generator=gen) * 4 - 2) if key_scale else None
     share = 0.4 + 0.6 * torch.rand(layers, h, generator=torch.Generator().manual_seed(seed + 1)) if key_clip else None
     superblocks = [2 * (n_pages + 1) + len(group.steps)] * len(group.arena_sides)
-    more = {"key_scale": scale, "key_clip": share, "hadamard": hadamard}
-    storage = GroupStorage.allocate(shape, group, superblocks, n_pages, dtype, **more)
+    storage = GroupStorage.allocate(
+        shape, group, superblocks, n_pages, dtype, key_scale=scale, key_clip=share, hadamard=hadamard
+    )
     if stale:
         for t in (*storage.arenas, *(m for m in storage.meta if m is not None)):
             raw = t.view(torch.uint8)
