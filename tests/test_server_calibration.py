@@ -76,7 +76,8 @@ def test_bundled_model_is_calibrated_and_answers(transform: str, tmp_path: Path)
         )
         for c in (case, plain, whole)
     )
-    # 1.5e-6 against 3.9e-6 and 2.9e-6: all are small, and what is left is the rounding of bf16.
+    # 1.5e-6 against 3.9e-6 and 2.9e-6 (rotated: 2.3e-6 against 5.1e-6 and 4.2e-6): all are small, and what is left is
+    # the rounding of bf16.
     assert as_served.mean() < 1e-5
     assert as_served.mean() < untransformed.mean() / 1.5
     assert as_served.mean() < unclipped.mean() / 1.5
