@@ -1,4 +1,5 @@
-"""What calibration gives on the bundled model: uniform, allocation alone, reparameterization alone, both, clipping.
+"""What calibration gives on the bundled model: uniform, allocation alone, reparameterization alone, both, clipping,
+and rotated keys in place of scaled ones.
 
     python -m benchmarks.calibration --problems 200 --seeds 0 1 2
 
@@ -41,13 +42,13 @@ PARTS = ("forced", "served", "ranges")
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to choose final widths and key scales.
+    """One way to choose final widths and what is done to keys.
 
     Attributes:
         name: of the row.
         target: mean final width that allocation gets; "" for a fixed width.
         final: fixed final width, as ``--pmkvq-final-bits`` takes it.
-        transform: ``none`` or ``scale``.
+        transform: ``none``, ``scale`` or ``hadamard``.
         clip: whether ranges of keys are clipped at 2 bits.
         sensitivity: what allocation minimizes.
     """
@@ -76,6 +77,13 @@ def _clipped(target: str, uniform: str) -> tuple[Variant, ...]:
     )
 
 
+def _rotated(target: str, uniform: str) -> tuple[Variant, ...]:
+    return (
+        Variant(f"hadamard and clipping, {uniform}", final=uniform, transform="hadamard", clip=True),
+        Variant(f"both, hadamard and clipping, {target}", target=target, transform="hadamard", clip=True),
+    )
+
+
 SIXTEEN = Variant("16 bits", final="16")
 FORCED = (
     SIXTEEN,
@@ -87,13 +95,14 @@ FORCED = (
     *_clipped("2.5", "2"),
     Variant("allocation by Taylor, 2.5", target="2.5", sensitivity="taylor"),
     Variant("both by Taylor, 2.5", target="2.5", transform="scale", sensitivity="taylor"),
+    *_rotated("2.5", "2"),
 )
 # Per group of rows with the same pool: bytes as a share of what the running problems need at 16 bits. A full pool
 # of the widest row (4 or 2.5 bits, scales, zeros, the 16-bit reserve) just fits.
 SERVED: tuple[tuple[float | None, tuple[Variant, ...]], ...] = (
     (None, (SIXTEEN,)),
     (0.33, _four("4", "4")),
-    (0.22, (*_four("2.5", "2"), *_clipped("2.5", "2"))),
+    (0.22, (*_four("2.5", "2"), *_clipped("2.5", "2"), *_rotated("2.5", "2"))),
 )
 
 
@@ -165,8 +174,8 @@ class Bench:
 
                 widths = Widths(tuple(parse_final_bits(variant.final, layers)))
             else:
-                scale, clip = constants(c)
-                widths = Widths(c.finals, scale, c.group_size, clip)
+                scale, clip, hadamard = constants(c)
+                widths = Widths(c.finals, scale, c.group_size, clip, hadamard)
             got = compare(model, given, widths)
             right = got["chains_right"]
             mean = sum(map(sum, widths.finals)) / (2 * layers)

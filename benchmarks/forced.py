@@ -37,19 +37,20 @@ class Reader(Protocol):
 @dataclass(frozen=True)
 class Widths:
     """Final (K, V) bits per layer, key scales fp32 [L, H, D] or None, channels per group, clip factors fp32 [L, H]
-    of 2-bit keys or None."""
+    of 2-bit keys or None, and whether keys are rotated before they are quantized."""
 
     finals: tuple[tuple[int, int], ...]
     key_scale: Tensor | None = None
     group_size: int = 128
     key_clip: Tensor | None = None
+    hadamard: bool = False
 
     def read(self, layer: int, side: int, x: Tensor) -> Tensor:
         bits = self.finals[layer][side]
         assert bits in TIERS
         scale = None if side == V or self.key_scale is None else self.key_scale[layer, :, None]
         clip = None if side == V or self.key_clip is None else self.key_clip[layer, :, None]
-        return fake_quantize(x, bits, self.group_size, scale, clip)
+        return fake_quantize(x, bits, self.group_size, scale, clip, self.hadamard and side == K)
 
 
 def logits(model: Llama, tokens: Tensor, widths: Reader, first: int, window: int = WINDOW) -> Tensor:

@@ -53,11 +53,13 @@ class Config:
     gqa: int = 4
     key_scale: bool = False
     key_clip: bool = False
+    hadamard: bool = False
     logit_cap: bool = False
 
     @property
     def name(self) -> str:
-        flags = "-scale" * self.key_scale + "-clip" * self.key_clip + "-cap" * self.logit_cap
+        flags = "-scale" * self.key_scale + "-hadamard" * self.hadamard + "-clip" * self.key_clip
+        flags += "-cap" * self.logit_cap
         return (
             f"{self.kernel}-sm{self.arch}-{self.dtype}-d{self.head_dim}g{self.group_size}p{self.page_size}"
             f"-k{self.finals[0]}v{self.finals[1]}-gqa{self.gqa}{flags}"
@@ -84,11 +86,13 @@ def configs() -> Iterator[Config]:
         for d in (64, 128, 256):
             yield Config("extend", arch, head_dim=d, group_size=min(d, 128))
             yield Config("copy", arch, head_dim=d, group_size=min(d, 128), finals=(2, 2))
+            yield Config("copy", arch, head_dim=d, group_size=min(d, 128), finals=(2, 2), hadamard=True)
         yield Config("extend", arch, "fp16")
         yield Config("extend", arch, finals=(16, 16))
         for kernel in ("decode", "extend"):
             yield Config(kernel, arch, key_scale=True, logit_cap=True)
             yield Config(kernel, arch, finals=(2, 2), key_scale=True, key_clip=True)
+            yield Config(kernel, arch, finals=(2, 2), hadamard=True, key_clip=True)
         yield Config("decode", arch, "fp16", finals=(2, 2), key_clip=True)
         yield Config("copy", arch, finals=(2, 2), key_scale=True, key_clip=True)
         yield Config("copy", arch)
@@ -110,7 +114,9 @@ def sample() -> Iterator[Config]:
             yield Config(kernel, arch)
         yield Config("copy", arch, finals=(2, 2))
         yield Config("copy", arch, finals=(2, 2), key_scale=True, key_clip=True)
+        yield Config("copy", arch, finals=(2, 2), hadamard=True)
     yield Config("decode", 90, finals=(2, 2), key_scale=True, key_clip=True)
+    yield Config("decode", 90, finals=(2, 2), hadamard=True, key_clip=True)
 
 
 def launches(config: Config) -> dict[str, Launch]:
@@ -121,7 +127,8 @@ def launches(config: Config) -> dict[str, Launch]:
     scale = torch.ones(2, heads, config.head_dim) if config.key_scale else None
     clip = torch.full((2, heads), 0.6) if config.key_clip else None
     superblocks = [4] * len(group.arena_sides)
-    storage = GroupStorage.allocate(shape, group, superblocks, 8, DTYPES[config.dtype], key_scale=scale, key_clip=clip)
+    more = {"key_scale": scale, "key_clip": clip, "hadamard": config.hadamard}
+    storage = GroupStorage.allocate(shape, group, superblocks, 8, DTYPES[config.dtype], **more)
     requests, pages, hq = 4, 512, heads * config.gqa
     plan = DevicePlan()
     plan.reserve(storage, requests, pages, hq, columns=True)

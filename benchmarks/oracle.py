@@ -42,10 +42,14 @@ RUNNING = 2
 CHUNK = 64
 
 
-def constants(c: artifact.Calibration) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Key scales fp32 [L, H, D] and clip factors fp32 [L, H] of a calibration, or None."""
+Constants = tuple[torch.Tensor | None, torch.Tensor | None, bool]
+
+
+def constants(c: artifact.Calibration) -> Constants:
+    """Key scales fp32 [L, H, D] and clip factors fp32 [L, H] of a calibration, or None; whether keys are rotated."""
     scale, clip = c.tensors.get("key_scale"), c.tensors.get("key_clip")
-    return None if scale is None else torch.from_numpy(scale), None if clip is None else torch.from_numpy(clip)
+    scales = None if scale is None else torch.from_numpy(scale)
+    return scales, None if clip is None else torch.from_numpy(clip), c.hadamard
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,9 @@ class Case:
         limits = limits_for(RUNNING, CHUNK, PAGE, Protection(self.window, 0, False))
         return choose_geometry(shape, groups, parse_size(self.pool), limits)
 
-    def constants(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def constants(self) -> Constants:
         """``constants`` of the file, if there is one."""
-        return constants(self._file()) if self.calibration else (None, None)
+        return constants(self._file()) if self.calibration else (None, None, False)
 
     def _file(self) -> artifact.Calibration:
         return artifact.load(self.calibration)
@@ -173,6 +177,7 @@ def _shrink_page(
     steps: np.ndarray,
     key_scale: torch.Tensor | None,
     clip: torch.Tensor | None,
+    hadamard: bool,
 ) -> None:
     """Replace one page in every layer by what a reader of the pool sees at its steps."""
     part = slice(page * PAGE, (page + 1) * PAGE)
@@ -183,7 +188,8 @@ def _shrink_page(
             x = exact[side][layer][:, :, part]
             scale = key_scale[layer][:, None] if side == K and key_scale is not None else None
             share = clip[layer][:, None] if side == K and clip is not None else None
-            read = fake_quantize(x, tiers[side], geometry.shape.group_size, scale, share)
+            rotated = hadamard and side == K
+            read = fake_quantize(x, tiers[side], geometry.shape.group_size, scale, share, rotated)
             getattr(entry, name)[:, :, part] = read
 
 

@@ -1,9 +1,12 @@
-"""Reparameterization of keys: scales s = (max|K|)^α (paper sec. 3.3, eq. 9, 10), and clip factors at 2 bits.
+"""Reparameterization of keys: scales s = (max|K|)^α (paper sec. 3.3, eq. 9, 10) or a rotation; clip factors at 2 bits.
 
 Scores do not change if keys are divided by s and queries multiplied by it, but a group of channels with one
 outlier quantizes better once the outlier is scaled down. Applied where codes are made and read, after RoPE:
 no weight is touched, so biases and QK-norm need nothing, and the two channels of a RoPE pair need not share
 a scale (folded into weights they would have to).
+
+In place of scales keys may be rotated by a Hadamard matrix, and queries with them: there is nothing to fit. Not in
+the paper.
 
 A clip factor c says that 2-bit codes span the middle share c of their group's range. The extremes of a group
 are rare and four levels are few: losing them buys smaller steps for everything else. It acts in the step
@@ -129,6 +132,7 @@ def observe_clips(
     sample: Sample,
     layers: Sequence[int],
     scales: torch.Tensor | None,
+    hadamard: bool,
     group_size: int,
     state: State,
 ) -> None:
@@ -137,6 +141,7 @@ def observe_clips(
     Args:
         layers: those to look at.
         scales: key scales fp32 [L, H, D], or None.
+        hadamard: keys are rotated before they are quantized.
         state: ``error`` float64 [L, H, clips], summed squared error.
     """
 
@@ -149,7 +154,8 @@ def observe_clips(
         scale = None if scales is None else scales[layer, :, None].to(k.device)
         exact = attention_rows(query, k[0], v[0], rows, model.scaling(layer))
         for index, clip in enumerate(CLIPS):
-            key = fake_quantize(k[0].float(), 2, group_size, scale, torch.tensor(clip, device=k.device))
+            share = torch.tensor(clip, device=k.device)
+            key = fake_quantize(k[0].float(), 2, group_size, scale, share, hadamard)
             error = attention_rows(query, key, v[0], rows, model.scaling(layer)) - exact
             state["error"][layer, :, index] += error.square().sum((1, 2, 3)).double().cpu()
         return k, v

@@ -22,7 +22,6 @@ from sglang_pmkvq.calib.model import CalibrationModel
 from sglang_pmkvq.calib.sweep import State, Workspace, sweep
 from sglang_pmkvq.formats import GROUP_SIZES
 
-REFUSED_TRANSFORMS = ("hadamard", "rotation")
 # The error of a layer's own output settles within a few samples.
 SEARCH_SAMPLES = 16
 
@@ -41,7 +40,7 @@ class Settings:
         widths: final widths to choose from.
         group_size: G, or None for min(head_dim, 128).
         max_groups: bound on layer groups.
-        transform: ``scale`` or ``none``.
+        transform: of keys: ``scale``, ``hadamard`` or ``none``.
         clip: choose the share of their range that 2-bit codes of keys span by error; otherwise they span all of it.
         sensitivity: ``taylor`` or ``kl``, what allocation minimizes.
         kl_samples: samples for the measured sensitivity; 0 leaves it out.
@@ -67,10 +66,10 @@ class Settings:
 
     def check(self) -> None:
         """Raise ``ValueError`` for what can be seen without the model."""
-        if self.transform in REFUSED_TRANSFORMS:
+        if self.transform == "rotation":
             raise ValueError(
-                f"--transform {self.transform}: rotations are not implemented; what they would add is measured in "
-                "docs/calibration.md; use scale or none"
+                "--transform rotation: rotations fitted to a covariance did not help where measured "
+                "(docs/calibration.md); use scale, hadamard or none"
             )
         for flag, value, allowed in (
             ("transform", self.transform, artifact.TRANSFORMS),
@@ -185,6 +184,10 @@ class _Run:
     workspace: Workspace
     quiet: bool
 
+    @property
+    def hadamard(self) -> bool:
+        return self.settings.transform == "hadamard"
+
     def _sweep(self, name: str, label: str, count: int, state: State, step: Any) -> State:
         samples = self.corpus.samples
         return sweep(
@@ -239,13 +242,15 @@ class _Run:
             label,
             min(SEARCH_SAMPLES, len(self.corpus.samples)),
             {"error": error},
-            lambda sample, s: reparam.observe_clips(model, sample, layers, scales, self.group_size, s),
+            lambda sample, s: reparam.observe_clips(
+                model, sample, layers, scales, self.hadamard, self.group_size, s
+            ),
         )
         return reparam.best_clips(state["error"])
 
     def scales_per_width(self, key_max: torch.Tensor) -> torch.Tensor | None:
-        """Best scales fp32 [widths, L, H, D] of K at each width, V exact."""
-        if self.settings.transform == "none":
+        """Best scales fp32 [widths, L, H, D] of K at each width, V exact; None where keys are not scaled."""
+        if self.settings.transform != "scale":
             return None
         pairs = [[(bits, 16) for bits in sensitivity.WIDTHS]] * self.model.layers
         alpha = reparam.best_alphas(self._alpha_errors("alphas", "2/4 scales per width", key_max, pairs))
@@ -259,7 +264,9 @@ class _Run:
             "3/4 sensitivity, Taylor",
             len(samples),
             sensitivity.taylor_state(model.layers),
-            lambda sample, s: sensitivity.observe_taylor(model, sample, scales, clips, self.group_size, s),
+            lambda sample, s: sensitivity.observe_taylor(
+                model, sample, scales, clips, self.hadamard, self.group_size, s
+            ),
         )
         out = {"taylor": (state["taylor"] / state["targets"]).numpy()}
         count = min(self.settings.kl_samples, len(samples))
@@ -270,7 +277,9 @@ class _Run:
                 "3/4 sensitivity, measured",
                 count,
                 kl,
-                lambda sample, s: sensitivity.observe_kl(model, sample, scales, clips, self.group_size, s),
+                lambda sample, s: sensitivity.observe_kl(
+                    model, sample, scales, clips, self.hadamard, self.group_size, s
+                ),
             )
             out["kl"] = (kl["kl"] / count).clamp_min(0.0).numpy()
         return out

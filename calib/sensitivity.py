@@ -37,6 +37,7 @@ def observe_taylor(
     sample: Sample,
     scales: torch.Tensor | None,
     clips: torch.Tensor | None,
+    hadamard: bool,
     group_size: int,
     state: State,
 ) -> None:
@@ -45,6 +46,7 @@ def observe_taylor(
     Args:
         scales: key scales fp32 [widths, L, H, D] that K has at each width, or None.
         clips: clip factors fp32 [L, H] that 2-bit keys have, or None.
+        hadamard: keys are rotated before they are quantized.
     """
 
     def observer(
@@ -60,7 +62,7 @@ def observe_taylor(
         clip = clip_of(clips, layer, x.device) if side == K else None
         for place, bits in enumerate(WIDTHS):
             scale = scales[place, layer, :, None].to(x.device) if side == K and scales is not None else None
-            error = exact - fake_quantize(exact, bits, group_size, scale, clip)
+            error = exact - fake_quantize(exact, bits, group_size, scale, clip, hadamard and side == K)
             state["taylor"][layer, side, place] += (grad.float() * error).abs().sum(dtype=torch.float64).cpu()
 
     with observing(observer):
@@ -72,6 +74,7 @@ def observe_kl(
     sample: Sample,
     scales: torch.Tensor | None,
     clips: torch.Tensor | None,
+    hadamard: bool,
     group_size: int,
     state: State,
 ) -> None:
@@ -104,7 +107,7 @@ def observe_kl(
                     if at != where[0]:
                         return k, v
                     if where[1] == K:
-                        return fake_quantize(k, where[2], group_size, scale, clip), v
+                        return fake_quantize(k, where[2], group_size, scale, clip, hadamard), v
                     return k, fake_quantize(v, where[2], group_size)
 
                 with observing(observer):

@@ -100,7 +100,8 @@ class _Wrapper:
         """Attention of one layer.
 
         Args:
-            q: ``[num_queries, Hq, D]``, any float dtype; Hq a multiple of the group's KV heads.
+            q: ``[num_queries, Hq, D]``, any float dtype; Hq a multiple of the group's KV heads. As the
+                model has it: where quantized keys are scaled or rotated, that is undone here.
             layer: index of the layer *within the group*.
             scale: softmax scale.
             logit_cap: cap·tanh(score/cap) if positive. Stock's call knows no cap, so then every

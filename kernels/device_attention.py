@@ -169,19 +169,27 @@ def run_launches(
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> Iterator[Launch]:
-    """The launches of ``run``: decode and merge for requests of one query, extend for the others."""
+    """The launches of ``run``: decode and merge for requests of one query, extend for the others.
+
+    Where keys are rotated the queries are too, by a product at the first launch that is asked for.
+    """
     assert plan.buffers is not None
     gqa = q.shape[1] // plan.buffers.storage.shape.num_kv_heads
     if gqa > MAX_GQA:
         raise ValueError(f"at most {MAX_GQA} query heads per KV head, got {gqa}")
     if q.stride(2) != 1:
         raise ValueError("the last axis of q must be contiguous")
+    rotation = plan.buffers.storage.rotation
+    q_low = None
+    if rotation is not None:
+        q = q.contiguous()  # the product copies it as well if it is not, and both must have the same strides
+        q_low = q @ rotation.to(q.dtype)
     if plan.singles:
         partials = plan.partials_for(q.shape[1])
-        yield decode_launch(plan, partials, q, layer, scale, logit_cap)
+        yield decode_launch(plan, partials, q, q_low, layer, scale, logit_cap)
         yield merge_launch(plan, partials, out, lse)
     if plan.chunks is not None and (plan.chunks[0] > 1).any():
-        yield extend_launch(plan, q, layer, scale, logit_cap, out, lse)
+        yield extend_launch(plan, q, q_low, layer, scale, logit_cap, out, lse)
 
 
 def _layer_args(plan: DevicePlan, layer: int) -> dict[str, object]:
@@ -220,7 +228,13 @@ def _layer_args(plan: DevicePlan, layer: int) -> dict[str, object]:
 
 
 def decode_launch(
-    plan: DevicePlan, partials: DecodeBuffers, q: torch.Tensor, layer: int, scale: float, logit_cap: float
+    plan: DevicePlan,
+    partials: DecodeBuffers,
+    q: torch.Tensor,
+    q_low: torch.Tensor | None,
+    layer: int,
+    scale: float,
+    logit_cap: float,
 ) -> Launch:
     buffers = plan.buffers
     assert buffers is not None
@@ -231,6 +245,7 @@ def decode_launch(
         "q": q,
         "q_stride_t": q.stride(0),
         "q_stride_h": q.stride(1),
+        "q_low": q_low,
         "part_out": partials.out,
         "part_lse": partials.lse,
         "split_indptr": buffers.split_indptr,
@@ -271,6 +286,7 @@ def merge_launch(
 def extend_launch(
     plan: DevicePlan,
     q: torch.Tensor,
+    q_low: torch.Tensor | None,
     layer: int,
     scale: float,
     logit_cap: float,
@@ -290,6 +306,7 @@ def extend_launch(
         "q": q,
         "q_stride_t": q.stride(0),
         "q_stride_h": q.stride(1),
+        "q_low": q_low,
         "out": out,
         "out_stride_t": out.stride(0),
         "out_stride_h": out.stride(1),

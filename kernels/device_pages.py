@@ -7,6 +7,7 @@ import torch
 
 from sglang_pmkvq.commands import ArenaCopies, TableUpdate
 from sglang_pmkvq.formats import SIDES, K
+from sglang_pmkvq.kernels.cpu.rotation import exponents
 from sglang_pmkvq.kernels.launch import Launch, next_power_of_two, upload
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.triton import pages as kernels
@@ -79,6 +80,7 @@ def copy_launch(storage: GroupStorage, copies: ArenaCopies) -> Launch:
             "bytes_stride_l": storage.arenas[first].stride(0),
             "meta_stride_l": meta_stride,
             "MIN_TIER": group.final_of(first),
+            "ROTATE": 2.0 ** -exponents(s.head_dim)[0] if first == K and storage.rotation is not None else 0.0,
             "H": s.num_kv_heads,
             "D": s.head_dim,
             "G": s.group_size,

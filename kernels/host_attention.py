@@ -114,11 +114,13 @@ class HostPlan:
         return replace(self, stock_requests=grown)
 
 
-def _scaled_by_key(storage: GroupStorage, layer: int, q: torch.Tensor) -> torch.Tensor:
-    """q ``[..., H, M, D]`` times the key scale of layer ``layer``."""
-    if storage.key_scale is None:
-        return q
-    return q * storage.key_scale[layer].unsqueeze(1)
+def _for_low_keys(storage: GroupStorage, layer: int, q: torch.Tensor) -> torch.Tensor:
+    """fp32 q ``[..., H, M, D]`` as it reads quantized keys: rotated, times the key scale of the layer, or q itself."""
+    if storage.rotation is not None:
+        return q @ storage.rotation.to(q.dtype)
+    if storage.key_scale is not None:
+        return q * storage.key_scale[layer].unsqueeze(1)
+    return q
 
 
 # Without what autograd books on each call, of some hundred.
@@ -141,15 +143,14 @@ def run_batched(
     rows = plan.batched_rows
     every = requests == q.shape[0]  # then in order
     own = (q if every else q.index_select(0, rows)).to(torch.float32).mul(scale).view(requests, h, -1, d)
-    own_scaled = _scaled_by_key(storage, layer, own)
+    own_low = _for_low_keys(storage, layer, own)
     parts: list[partials.Partial] = []
     for tile in plan.tiles:
         tile_q = (own if plan.one_item_each else own.index_select(0, tile.request)).flatten(0, 1)
-        tile_scaled = tile_q
-        if own_scaled is not own:
-            tile_scaled = own_scaled if plan.one_item_each else own_scaled.index_select(0, tile.request)
-            tile_scaled = tile_scaled.flatten(0, 1)
-        parts.append(partials.attend_tile(storage, layer, tile, tile_q, tile_scaled, logit_cap))
+        tile_low = tile_q
+        if own_low is not own:
+            tile_low = (own_low if plan.one_item_each else own_low.index_select(0, tile.request)).flatten(0, 1)
+        parts.append(partials.attend_tile(storage, layer, tile, tile_q, tile_low, logit_cap))
     if not parts:
         out.index_fill_(0, rows, 0.0)
         return
@@ -180,9 +181,9 @@ def run_extend(
 ) -> None:
     """One multi-query request: query tiles against KV tiles in turn, merged as they come."""
     h, d = storage.shape.num_kv_heads, storage.shape.head_dim
-    own = q[request.start : request.end].to(torch.float32) * scale
-    own = own.view(own.shape[0], h, -1, d).permute(1, 2, 0, 3)  # [H, M, Lq, D]
-    own_scaled = _scaled_by_key_heads_first(storage, layer, own)
+    by_head = (q[request.start : request.end].to(torch.float32) * scale).view(request.end - request.start, h, -1, d)
+    by_head_low = _for_low_keys(storage, layer, by_head)
+    own, own_low = (x.permute(1, 2, 0, 3) for x in (by_head, by_head_low))  # [H, M, Lq, D]
     m, total = own.shape[1], own.shape[2]
     longest = max(t.pages_per_item for t in request.tiles) * storage.shape.page_size
     step = max(1, SCORE_ELEMENTS // (h * m * longest * storage.shape.groups_per_head))
@@ -190,7 +191,7 @@ def run_extend(
         end = min(start + step, total)
         n = end - start
         tile_q = own[:, :, start:end].reshape(h, m * n, d)
-        tile_scaled = tile_q if own_scaled is own else own_scaled[:, :, start:end].reshape(h, m * n, d)
+        tile_low = tile_q if by_head_low is by_head else own_low[:, :, start:end].reshape(h, m * n, d)
         first = request.prefix_len + start
         position = torch.arange(first, first + n, dtype=torch.int32, device=q.device).repeat(m).unsqueeze(1)
         merged: partials.Partial | None = None
@@ -199,17 +200,10 @@ def run_extend(
                 continue  # all of it is in the future of this query tile
             seen = tile.last <= first and tile.absent is None
             mask = None if seen else position
-            part = partials.attend_tile(storage, layer, tile, tile_q, tile_scaled, logit_cap, mask)
+            part = partials.attend_tile(storage, layer, tile, tile_q, tile_low, logit_cap, mask)
             merged = part if merged is None else partials.merge_two(merged, part)
         assert merged is not None, "a query sees at least itself"
         rows = slice(request.start + start, request.start + end)
         out[rows] = partials.finish(merged).view(h, m, n, d).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
         if lse is not None:
             lse[rows] = partials.log_sum_exp(merged).view(h, m, n).permute(2, 0, 1).flatten(1, 2)
-
-
-def _scaled_by_key_heads_first(storage: GroupStorage, layer: int, q: torch.Tensor) -> torch.Tensor:
-    """q ``[H, M, Lq, D]`` times the key scale of layer ``layer``."""
-    if storage.key_scale is None:
-        return q
-    return q * storage.key_scale[layer][:, None, None, :]

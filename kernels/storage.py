@@ -1,4 +1,4 @@
-"""The tensors of one layer group: arenas, (zero, range) side arrays, page table, key scales, clip factors.
+"""The tensors of one layer group: arenas, (zero, range) side arrays, page table, constants of a calibration.
 
 Layouts (P tokens per page, H KV heads, D channels, G channels per group, b bits):
 
@@ -31,6 +31,7 @@ from sglang_pmkvq.formats import (
     tier_units,
 )
 from sglang_pmkvq.kernels.cpu.codes import clip_edges
+from sglang_pmkvq.kernels.cpu.rotation import query_rotation
 
 MODEL_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
@@ -60,6 +61,8 @@ class GroupStorage:
         table: int32 ``[num_arenas, N+1]``, ``unit << STEP_BITS | step`` or ``UNMAPPED``.
         key_scale: fp32 ``[L, H, D]`` or None. Quantized tiers store K / s and queries are multiplied
             by s when those tiers are read; the 16-bit tier is never transformed.
+        rotation: ``[D, D]`` of the model dtype or None: quantized tiers store rotated keys, and queries are multiplied
+            by this matrix when those tiers are read (see ``cpu/rotation.py``). Never beside ``key_scale``.
         key_clip: fp32 ``[L, H]`` in (0, 1] or None. 2-bit codes of keys span the middle share ``key_clip`` of the
             stored range: the step from 4 to 2 bits rounds to those four levels, and readers narrow (zero, range)
             alike. Wider tiers and what is stored of a range are untouched.
@@ -82,6 +85,7 @@ class GroupStorage:
     meta: tuple[torch.Tensor | None, torch.Tensor | None]
     table: torch.Tensor
     key_scale: torch.Tensor | None
+    rotation: torch.Tensor | None
     key_clip: torch.Tensor | None
     clip_edge: torch.Tensor | None
     clipped_groups: torch.Tensor
@@ -99,6 +103,7 @@ class GroupStorage:
         device: torch.device | str = "cpu",
         key_scale: torch.Tensor | None = None,
         key_clip: torch.Tensor | None = None,
+        hadamard: bool = False,
     ) -> GroupStorage:
         """Zero-filled storage, every page unmapped.
 
@@ -108,10 +113,11 @@ class GroupStorage:
             superblocks: superblocks per arena of the group.
             key_scale: positive fp32 ``[L, H, D]``, or None for the identity.
             key_clip: fp32 ``[L, H]`` in (0, 1], or None for whole ranges.
+            hadamard: rotate keys before they are quantized; not with ``key_scale``.
 
         Raises:
-            ValueError: a dtype, count or shape that does not fit, a scale that is not positive, or a clip
-                factor outside (0, 1].
+            ValueError: a dtype, count or shape that does not fit, a scale that is not positive, a clip factor
+                outside (0, 1], or keys that are to be both scaled and rotated.
         """
         layers, arenas_n = len(group.layers), len(group.arena_sides)
         h, d, p = shape.num_kv_heads, shape.head_dim, shape.page_size
@@ -130,6 +136,8 @@ class GroupStorage:
             key_scale = key_scale.to(device=device, dtype=torch.float32).contiguous()
             if not bool((torch.isfinite(key_scale) & (key_scale > 0)).all()):
                 raise ValueError("key_scale must be positive and finite everywhere")
+            if hadamard:
+                raise ValueError("keys are either scaled or rotated: give key_scale or hadamard, not both")
         if key_clip is not None:
             if tuple(key_clip.shape) != (layers, h):
                 raise ValueError(f"key_clip must have shape {(layers, h)}, got {tuple(key_clip.shape)}")
@@ -157,6 +165,7 @@ class GroupStorage:
             meta=(side_array(0), side_array(1)),
             table=torch.full((arenas_n, num_pages + 1), UNMAPPED, dtype=torch.int32, device=device),
             key_scale=key_scale,
+            rotation=query_rotation(d, dtype, device) if hadamard and group.k_final < 16 else None,
             key_clip=key_clip,
             clip_edge=None if key_clip is None else clip_edges(key_clip),
             clipped_groups=torch.zeros((), dtype=torch.int64, device=device),
@@ -245,8 +254,8 @@ class GroupStorage:
 
     @property
     def constant_bytes(self) -> int:
-        """Bytes of what does not depend on the number of pages: key scales, clip factors, counters."""
-        constants = (self.key_scale, self.key_clip, self.clip_edge)
+        """Bytes of what does not depend on the number of pages: key scales, rotation, clip factors, counters."""
+        constants = (self.key_scale, self.rotation, self.key_clip, self.clip_edge)
         counters = (self.clipped_groups, self.dropped_rows, self.unmapped_reads)
         return sum(t.nbytes for t in (*constants, *counters) if t is not None)
 
@@ -257,12 +266,14 @@ def allocate_pool(
     device: torch.device | str = "cpu",
     key_scales: Sequence[torch.Tensor | None] | None = None,
     key_clips: Sequence[torch.Tensor | None] | None = None,
+    hadamard: bool = False,
 ) -> tuple[GroupStorage, ...]:
     """One ``GroupStorage`` per layer group of a geometry; their ``nbytes`` sum to ``total_bytes``.
 
     Args:
         key_scales: per group, fp32 ``[L, H, D]`` or None.
         key_clips: per group, fp32 ``[L, H]`` or None.
+        hadamard: rotate keys before they are quantized; then no group has key scales.
     """
     scales = [None] * len(geometry.groups) if key_scales is None else list(key_scales)
     shares = [None] * len(geometry.groups) if key_clips is None else list(key_clips)
@@ -270,7 +281,7 @@ def allocate_pool(
         if len(given) != len(geometry.groups):
             raise ValueError(f"expected {len(geometry.groups)} {name}, got {len(given)}")
     pool = tuple(
-        GroupStorage.allocate(geometry.shape, g, n, geometry.num_pages, dtype, device, s, c)
+        GroupStorage.allocate(geometry.shape, g, n, geometry.num_pages, dtype, device, s, c, hadamard)
         for g, n, s, c in zip(geometry.groups, geometry.superblocks, scales, shares, strict=True)
     )
     assert sum(s.nbytes for s in pool) == geometry.total_bytes

@@ -81,5 +81,8 @@ def _small_twin(storage: GroupStorage) -> GroupStorage:
     one_layer = (storage.key_scale, storage.key_clip)
     scale, clip = (None if t is None else torch.ones_like(t[:1]) for t in one_layer)
     superblocks = [2 * pages + 1] * len(storage.group.arena_sides)
-    return GroupStorage.allocate(storage.shape, group, superblocks, pages, storage.dtype, storage.device, scale, clip)
+    return GroupStorage.allocate(
+        storage.shape, group, superblocks, pages, storage.dtype, storage.device, scale, clip,
+        hadamard=storage.rotation is not None,
+    )  # fmt: skip
 

@@ -21,11 +21,12 @@ import numpy as np
 
 from sglang_pmkvq.formats import GROUP_SIZES, HEAD_DIMS, TIERS, LayerGroup, PageShape, groups_from_finals, page_bytes
 
-# 2 added the tensor ``key_clip``; files of schema 1 have none and are read as they are.
+# 2 added the tensor ``key_clip``; files of schema 1 have none and are read as they are. A transform needs no new
+# number: a reader refuses those that it does not know.
 SCHEMA = 2
 READ_SCHEMAS = (1, 2)
 METADATA_KEY = "pmkvq"
-TRANSFORMS = ("none", "scale")
+TRANSFORMS = ("none", "scale", "hadamard")
 
 # What decides keys, values and their shapes. Names that configurations of one architecture share.
 _FACTS = (
@@ -58,7 +59,7 @@ class Calibration:
         head_dim: channels per head, D.
         group_size: channels that share one (zero, range) pair, G.
         finals: (K final, V final) bits of each layer.
-        transform: ``none`` or ``scale`` (per-channel key scales, paper eq. 9, 10).
+        transform: of keys: ``none``, ``scale`` (per-channel key scales, paper eq. 9, 10) or ``hadamard`` (rotated).
         effective_lens: effective lengths of positional interpolation, tokens (paper eq. 12).
         widths: final widths that allocation could choose from.
         sensitivity: ``taylor`` (paper eq. 5) or ``kl`` (measured): what allocation minimized.
@@ -96,6 +97,11 @@ class Calibration:
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
         return groups_from_finals(list(self.finals))
+
+    @property
+    def hadamard(self) -> bool:
+        """Whether keys are rotated before they are quantized."""
+        return self.transform == "hadamard"
 
     @property
     def mean_bits(self) -> float:

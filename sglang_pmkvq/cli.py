@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "calibrate",
-        help="choose final widths, key scales and clip factors of a model",
+        help="choose final widths, key scales or rotation, and clip factors of a model",
         description="Writes the file that --pmkvq-calibration serves from. An interrupted run goes on.",
     )
     parser.add_argument("--model", required=True, help="Llama, Qwen2, Qwen3 or Mistral, as transformers loads it")
@@ -105,7 +105,12 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--widths", default="2,4,8", help="final widths to choose from, default %(default)s")
     parser.add_argument("--group-size", type=int, help="channels per scale and zero; default min(head_dim, 128)")
     parser.add_argument("--max-groups", type=int, default=4, help="bound on layer groups, default %(default)s")
-    parser.add_argument("--transform", default="scale", help="scale (key channels) or none; default %(default)s")
+    parser.add_argument(
+        "--transform",
+        default="scale",
+        help="of keys before they are quantized: scale (of each channel), hadamard (rotated) or none; "
+        "default %(default)s",
+    )
     parser.add_argument(
         "--clip",
         action=argparse.BooleanOptionalAction,

@@ -52,6 +52,7 @@ class PoolSetup:
         timeline: file to write the timeline to, or None.
         key_scales: per layer group, fp32 [L, H, D] or None; None: no group has any.
         key_clips: per layer group, clip factors fp32 [L, H] or None; None: no group has any.
+        hadamard: keys are rotated before they are quantized.
         calibration: what the calibration file says of itself, or None.
     """
 
@@ -63,6 +64,7 @@ class PoolSetup:
     timeline: str | None = None
     key_scales: tuple[torch.Tensor | None, ...] | None = None
     key_clips: tuple[torch.Tensor | None, ...] | None = None
+    hadamard: bool = False
     calibration: dict[str, object] | None = None
 
     @property
@@ -146,7 +148,9 @@ class MixedPrecisionTokenPool(KVCache):
         self.head_num = head_num
         self.head_dim = head_dim
         self.v_head_dim = v_head_dim or head_dim
-        self.storages = allocate_pool(setup.geometry, dtype, device, setup.key_scales, setup.key_clips)
+        self.storages = allocate_pool(
+            setup.geometry, dtype, device, setup.key_scales, setup.key_clips, setup.hadamard
+        )
         self._place = {
             layer: (g, index)
             for g, group in enumerate(setup.groups)

@@ -52,7 +52,7 @@ class PmkvqServerArgs(ServerArgs):
     ] = None
     pmkvq_calibration: A[
         str | None,
-        Arg(help="File written by `pmkvq calibrate`: final widths per layer, group size, key scales."),
+        Arg(help="File written by `pmkvq calibrate`: final widths per layer, group size, what is done to keys."),
     ] = None
     pmkvq_pool_bytes: A[
         str | None,

@@ -59,6 +59,7 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
         self._calibration = None if calibration is None else calibration.summary()
         self._key_scales: tuple[torch.Tensor | None, ...] | None = None
         self._key_clips: tuple[torch.Tensor | None, ...] | None = None
+        self._hadamard = calibration is not None and calibration.hadamard
         if calibration is not None:
             heads = rank_heads(calibration.num_kv_heads, get_attention_tp_size(), get_attention_tp_rank())
             self._key_scales = group_key_scales(calibration, self._groups, heads)
@@ -125,6 +126,7 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
             timeline=rank_path(args.pmkvq_timeline, self._runner.tp_rank, self._runner.dp_rank),
             key_scales=self._key_scales,
             key_clips=self._key_clips,
+            hadamard=self._hadamard,
             calibration=self._calibration,
         )
         # The scheduler reads both after the pool is built, so what the reserve covers is what it may use.

@@ -30,12 +30,16 @@ def rounding(
 
     On codes a score is Σ q̃·(code·scale) + zero·Σ q̃ with q̃ = q·s, two sums whose terms are as large as the largest
     K/s of a group; reordering changes it by a few eps · Σ|q̃| · max|K/s|, a weight by that share, and the output by
-    that times the values. For ordinary inputs both are near 1e-5; badly conditioned key scales make them larger.
+    that times the values. For ordinary inputs both are near 1e-5; badly conditioned key scales make them larger. Where
+    keys are rotated the rotated q and K stand in place of q·s and K/s.
     """
     per_head = q.shape[1] // k.shape[1]
     s = torch.ones(k.shape[1:]) if inputs.storage.key_scale is None else inputs.storage.key_scale[layer]
+    q = q.float()
+    if inputs.storage.rotation is not None:
+        k, q = ref_codes.rotated_keys(k), ref_codes.unrotated_keys(q)
     keys = (k / s).abs().amax(dim=(0, 2)).repeat_interleave(per_head)
-    queries = (q.float() * s.repeat_interleave(per_head, dim=0)).abs().sum(-1)
+    queries = (q * s.repeat_interleave(per_head, dim=0)).abs().sum(-1)
     score = 2 * torch.finfo(torch.float32).eps * max(1.0, (queries * keys).max().item() * scale)
     return score * max(1.0, v.abs().max().item()), score
 
@@ -103,6 +107,8 @@ def check_page_layout(inputs: Inputs, page: int) -> None:
                 continue
             if side == K and storage.key_scale is not None:
                 x = x / storage.key_scale[layer][:, None, :]
+            if side == K and storage.rotation is not None:
+                x = ref_codes.rotated_keys(x)
             codes = torch.zeros(x.shape, dtype=torch.int64)
             meta = torch.zeros(x.shape[0], x.shape[2] // g, p, 2, dtype=torch.float16)
             for h in range(x.shape[0]):

@@ -184,7 +184,8 @@ def signed(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, 
         ({"finals": [[4, 2]]}, "key_scale must be"),
         ({"finals": [[4]]}, "malformed header"),
         ({"group_size": 48}, "group size 48"),
-        ({"transform": "hadamard"}, "unknown transform"),
+        ({"transform": "rotation"}, "unknown transform"),
+        ({"transform": "hadamard"}, "disagree"),
         ({"transform": "none"}, "disagree"),
         ({"bytes_per_token": 1}, "do not follow from the widths"),
         ({"surprise": 1}, "missing or unknown"),
@@ -196,6 +197,15 @@ def test_fields_that_do_not_fit(path: Path, change: dict[str, Any], says: str) -
     rewrite(path, signed(header_of(path) | change, tensors), tensors)
     with pytest.raises(ArtifactError, match=says):
         artifact.load(path)
+
+
+def test_rotated_keys_have_no_scales(tmp_path: Path) -> None:
+    tensors = {name: t for name, t in example().tensors.items() if name != "key_scale"}
+    artifact.save(example(transform="hadamard", tensors=tensors), tmp_path / "x")
+    read = artifact.load(tmp_path / "x")
+    assert read.hadamard and not example().hadamard
+    assert read.key_scale((0, 1), slice(0, 2)) is None and read.key_clip((0, 1), slice(0, 2)) is not None
+    assert read.summary()["transform"] == "hadamard"
 
 
 def test_unknown_tensors(path: Path) -> None:

@@ -67,7 +67,7 @@ def test_taylor_is_the_papers_formula(model: CalibrationModel, sample: Sample) -
     scales = torch.rand(3, model.layers, model.kv_heads, model.head_dim) + 0.5
     clips = torch.rand(model.layers, model.kv_heads) * 0.5 + 0.5
     state = sensitivity.taylor_state(model.layers)
-    sensitivity.observe_taylor(model, sample, scales, clips, GROUP, state)
+    sensitivity.observe_taylor(model, sample, scales, clips, False, GROUP, state)
 
     kept: list[list[torch.Tensor]] = []
 
@@ -96,10 +96,11 @@ def test_taylor_is_the_papers_formula(model: CalibrationModel, sample: Sample) -
     assert int(state["targets"]) == LENGTH - first
 
 
-def test_kl_is_that_of_a_whole_forward(model: CalibrationModel, sample: Sample) -> None:
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_kl_is_that_of_a_whole_forward(model: CalibrationModel, sample: Sample, hadamard: bool) -> None:
     state = {"kl": torch.zeros(model.layers, 2, 3, dtype=torch.float64)}
     clips = torch.rand(model.layers, model.kv_heads, generator=torch.Generator().manual_seed(3)) * 0.5 + 0.5
-    sensitivity.observe_kl(model, sample, None, clips, GROUP, state)
+    sensitivity.observe_kl(model, sample, None, clips, hadamard, GROUP, state)
     tokens = torch.from_numpy(sample.tokens)[None]
     rows = slice(sample.first_target - 1, LENGTH - 1)
     with torch.no_grad():
@@ -113,13 +114,23 @@ def test_kl_is_that_of_a_whole_forward(model: CalibrationModel, sample: Sample) 
                     pair = [k, v]
                     if at == layer:
                         clip = clips[layer][:, None] if side == 0 else None
-                        pair[side] = fake_quantize(pair[side], 2, GROUP, None, clip)
+                        pair[side] = fake_quantize(pair[side], 2, GROUP, None, clip, hadamard and side == 0)
                     return pair[0], pair[1]
 
                 with observing(low):
                     other = model.model(tokens).logits[0, rows].log_softmax(-1)
                 want = torch.nn.functional.kl_div(other, exact, log_target=True, reduction="sum") / len(exact)
                 assert float(state["kl"][layer, side, 2]) == pytest.approx(float(want), rel=1e-3, abs=1e-7)
+
+
+def test_taylor_of_rotated_keys(model: CalibrationModel, sample: Sample) -> None:
+    """Keys alone are quantized otherwise; the gradient is of the keys themselves."""
+    plain, rotated = (sensitivity.taylor_state(model.layers) for _ in range(2))
+    for hadamard, state in ((False, plain), (True, rotated)):
+        sensitivity.observe_taylor(model, sample, None, None, hadamard, GROUP, state)
+    assert torch.equal(plain["taylor"][:, 1], rotated["taylor"][:, 1])
+    ratio = rotated["taylor"][:, 0] / plain["taylor"][:, 0]
+    assert (ratio != 1).all() and (ratio > 0.5).all() and (ratio < 2).all()
 
 
 def test_seam_is_transformers_own_attention(model: CalibrationModel, sample: Sample) -> None:
@@ -213,11 +224,14 @@ def test_alpha_error_is_that_of_the_reference_attention(model: CalibrationModel,
         assert torch.allclose(error[layer, :, 0, index].float(), per_head, rtol=0.01)
 
 
-def test_clip_error_is_that_of_the_reference_attention(model: CalibrationModel, sample: Sample) -> None:
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_clip_error_is_that_of_the_reference_attention(
+    model: CalibrationModel, sample: Sample, hadamard: bool
+) -> None:
     """Keys at 2 bits, values exact, and only in the layers asked for."""
-    scales = torch.rand(model.layers, model.kv_heads, model.head_dim) + 0.5
+    scales = None if hadamard else torch.rand(model.layers, model.kv_heads, model.head_dim) + 0.5
     error = torch.zeros(model.layers, model.kv_heads, len(reparam.CLIPS), dtype=torch.float64)
-    reparam.observe_clips(model, sample, [1], scales, GROUP, {"error": error})
+    reparam.observe_clips(model, sample, [1], scales, hadamard, GROUP, {"error": error})
     seen: list[tuple[torch.Tensor, ...]] = []
 
     def observer(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,7 +242,8 @@ def test_clip_error_is_that_of_the_reference_attention(model: CalibrationModel, 
         model.hidden(sample)
     q, k, v = seen[1]
     for index in (0, 5, 12):
-        low = fake_quantize(k / scales[1], 2, GROUP, None, torch.tensor(reparam.CLIPS[index])) * scales[1]
+        s = torch.ones(()) if scales is None else scales[1]
+        low = fake_quantize(k / s, 2, GROUP, None, torch.tensor(reparam.CLIPS[index]), hadamard) * s
         out = attention(q, low, v, model.head_dim**-0.5, prefix_len=0)[0]
         want = (out - attention(q, k, v, model.head_dim**-0.5, prefix_len=0)[0]).square().sum((0, 2))
         assert torch.allclose(error[1, :, index].float(), want.view(model.kv_heads, -1).sum(1), rtol=0.05)

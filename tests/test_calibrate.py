@@ -17,6 +17,7 @@ from sglang_pmkvq import artifact
 from sglang_pmkvq.calib import run as calib_run
 from sglang_pmkvq.calib import sensitivity
 from sglang_pmkvq.calib.run import Settings, calibrate
+from sglang_pmkvq.calib.show import table
 from sglang_pmkvq.calibration import group_key_clips, group_key_scales, layer_finals, load_for, rank_heads
 from sglang_pmkvq.cli import main
 from sglang_pmkvq.config import PmkvqConfigError
@@ -147,6 +148,26 @@ def test_transform_none_and_16_bit_layers(small: tuple[Path, Path], tmp_path: Pa
     assert group_key_scales(got, groups, slice(0, 4)) == (None,) * len(groups)
 
 
+def test_rotated_keys(small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No scales anywhere; keys, and they alone, are measured and clipped as rotated ones are quantized."""
+    model, data = small
+    monkeypatch.setattr("sglang_pmkvq.calib.reparam.observe_alphas", None)
+    got, plain = (
+        calibrate(settings(model, data, transform=name, target="2"), tmp_path / name, quiet=True)
+        for name in ("hadamard", "none")
+    )
+    assert "key_scale" not in got.tensors and got.report["alphas"] is None
+    for name in ("taylor", "kl"):
+        assert (got.tensors[name][:, 0] != plain.tensors[name][:, 0]).all(), name
+        assert np.array_equal(got.tensors[name][:, 1], plain.tensors[name][:, 1]), name
+    assert not np.array_equal(got.tensors["key_clip"], plain.tensors["key_clip"])
+    read = artifact.load(tmp_path / "hadamard")
+    assert read.hadamard and not plain.hadamard
+    assert read.summary()["transform"] == "hadamard" and read.summary()["clipped"]
+    assert "transform        hadamard" in table(read)
+    assert group_key_scales(read, read.groups, slice(0, 4)) == (None,) * len(read.groups)
+
+
 def test_without_clipping(small: tuple[Path, Path], tmp_path: Path) -> None:
     """Unwanted, or nothing ends at 2 bits."""
     model, data = small
@@ -161,7 +182,7 @@ def test_without_clipping(small: tuple[Path, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"transform": "hadamard"}, "--transform hadamard: rotations are not implemented"),
+        ({"transform": "rotation"}, "--transform rotation: rotations fitted to a covariance did not help"),
         ({"transform": "pca"}, "--transform pca"),
         ({"sensitivity": "hessian"}, "--sensitivity hessian"),
         ({"sensitivity": "kl", "kl_samples": 0}, "--kl-samples"),
@@ -322,8 +343,12 @@ def test_pool_holds_the_scales_of_its_groups(calibration: tuple[Path, Path]) -> 
             assert clip is not None and np.array_equal(clip[index].numpy(), c.tensors["key_clip"][layer])
         else:
             assert clip is None
+        assert pool.storages[group].rotation is None
     assert "calibrated for" in pool.log_line()
     assert json.dumps(setup.summary())  # what /server_info sends
+    setup = dataclasses.replace(setup, key_scales=None, hadamard=True)
+    rotated = MixedPrecisionTokenPool(setup, 128, 16, torch.bfloat16, 4, 64, c.num_layers, "cpu", False)
+    assert all((s.rotation is None) == (s.group.k_final == 16) for s in rotated.storages)
 
 
 def test_tokenizer_is_optional(small: tuple[Path, Path]) -> None:

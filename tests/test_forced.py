@@ -44,7 +44,8 @@ def stepwise(model: Llama, tokens: torch.Tensor, widths: Widths) -> torch.Tensor
                 low = j >= SINK and t - j >= WINDOW
                 clip = None if widths.key_clip is None else widths.key_clip[index, 0]
                 k_bits, v_bits = widths.finals[index] if low else (16, 16)
-                read_k.append(fake_quantize(keys[index][j], k_bits, 128, scale if low else None, clip))
+                how = (scale if low else None, clip, widths.hadamard)
+                read_k.append(fake_quantize(keys[index][j], k_bits, 128, *how))
                 read_v.append(fake_quantize(values[index][j], v_bits, 128))
             p = (q[0, :, 0] @ torch.stack(read_k).T / 128**0.5).softmax(-1)
             x = x + layer.self_attn.o_proj((p @ torch.stack(read_v)).flatten()[None, None])
@@ -53,13 +54,15 @@ def stepwise(model: Llama, tokens: torch.Tensor, widths: Widths) -> torch.Tensor
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("scaled,clipped", [(False, False), (True, False), (True, True)])
-def test_one_pass_equals_steps(model: Llama, scaled: bool, clipped: bool) -> None:
+@pytest.mark.parametrize(
+    "scaled,clipped,hadamard", [(False, False, False), (True, False, False), (True, True, False), (False, True, True)]
+)
+def test_one_pass_equals_steps(model: Llama, scaled: bool, clipped: bool, hadamard: bool) -> None:
     gen = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 64, (LENGTH,), generator=gen)
     scale = torch.exp(torch.randn(2, 1, 128, generator=gen)) if scaled else None
     clip = torch.tensor([[0.9], [0.6]]) if clipped else None
-    widths = Widths(FINALS, scale, key_clip=clip)
+    widths = Widths(FINALS, scale, key_clip=clip, hadamard=hadamard)
     with torch.no_grad():
         got = logits(model, tokens, widths, 5, WINDOW)
         exact = logits(model, tokens, Widths(((16, 16),) * 2), 5, WINDOW)

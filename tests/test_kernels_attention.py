@@ -63,14 +63,30 @@ def test_extend_of_random_mixes(shape, finals):
 
 
 @pytest.mark.parametrize("step", range(4))
-@pytest.mark.parametrize("key_scale,key_clip", [(False, False), (True, False), (False, True), (True, True)])
-def test_every_step_alone_in_every_layer(step, key_scale, key_clip):
+@pytest.mark.parametrize("transform", [(), ("key_scale",), ("key_clip",), ("key_scale", "key_clip"), ("hadamard",),
+                                       ("hadamard", "key_clip")], ids="-".join)  # fmt: skip
+def test_every_step_alone_in_every_layer(step, transform):
     page_shape, heads = case(0)
     group = LayerGroup((2, 5, 9), 4, 2)
-    more = {"query_heads": heads, "key_scale": key_scale, "key_clip": key_clip}
-    inputs = make_inputs(step, page_shape, group, [50, 16], steps=step, **more)
+    more = dict.fromkeys(transform, True)
+    inputs = make_inputs(step, page_shape, group, [50, 16], steps=step, query_heads=heads, **more)
     check_decode(inputs)
     check_extend(inputs, [30, 15])
+
+
+@pytest.mark.parametrize("finals", FINALS, ids=lambda f: f"k{f[0]}v{f[1]}")
+@pytest.mark.parametrize("shape", [1, 3, 6])
+def test_rotated_keys(shape, finals):
+    """Pages of all tiers in a request, those at 16 bits not rotated; every head_dim, rows of one and more items."""
+    page_shape, heads = case(shape)
+    p = page_shape.page_size
+    more = {"query_heads": heads, "hadamard": True, "key_clip": shape == 3}
+    check_decode(make_inputs(shape, page_shape, LayerGroup((0,), *finals), boundary_lens(p), **more))
+    inputs = make_inputs(shape + 20, page_shape, LayerGroup((0, 1), *finals), [1, p + 1, 2 * p + 5], **more)
+    check_extend(inputs, [0, p - 2, 2 * p - 20])
+    same = make_inputs(shape, page_shape, LayerGroup((0,), *finals), [2 * p], steps=0, **more)
+    check_decode(same)
+    assert (same.storage.rotation is None) == (finals[0] == 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

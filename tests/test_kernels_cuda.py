@@ -43,13 +43,18 @@ def test_decode_and_extend(finals, shape, dtype):
     check_decode(inputs, device="cuda")
     check_decode(inputs, logit_cap=3.0, device="cuda")
     check_extend(inputs, [0, 0, p - 1, 1, p + 2, WINDOW - 40, WINDOW, 690], device="cuda")
+    more = {"key_scale": False, "key_clip": p == 16, "hadamard": True}
+    inputs = inputs_of(shape[1] + finals[1], finals, shape, dtype, lens, **more)
+    check_decode(inputs, device="cuda")
+    check_extend(inputs, [0, 0, p - 1, 1, p + 2, WINDOW - 40, WINDOW, 690], device="cuda")
 
 
 @pytest.mark.parametrize("src,dst", [(16, 16), (8, 8), (16, 8), (16, 4), (16, 2), (8, 4), (8, 2), (4, 2)])
-@pytest.mark.parametrize("key_clip", [False, True])
-def test_copies_leave_the_bytes_of_the_torch_path(src, dst, key_clip):
+@pytest.mark.parametrize("transform", [("key_scale",), ("key_scale", "key_clip"), ("hadamard",)], ids="-".join)
+def test_copies_leave_the_bytes_of_the_torch_path(src, dst, transform):
     group = LayerGroup((0, 1), 2, 2)
-    inputs = make_inputs(3, PageShape(16, 3, 128, 64), group, [16 * 9], steps=0, key_scale=True, key_clip=key_clip)
+    more = dict.fromkeys(transform, True)
+    inputs = make_inputs(3, PageShape(16, 3, 128, 64), group, [16 * 9], steps=0, **more)
     storages = [inputs.storage, on_device(inputs.storage, "cuda")]
     pages, units = np.array(inputs.pages(0)), np.arange(9) * 8
     for storage in storages:
@@ -63,11 +68,11 @@ def test_copies_leave_the_bytes_of_the_torch_path(src, dst, key_clip):
 
 @pytest.mark.parametrize("dst", [8, 4, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quantizing_what_is_hard_to_quantize(dst, dtype):
+@pytest.mark.parametrize("transform", ["key_scale", "hadamard"])
+def test_quantizing_what_is_hard_to_quantize(dst, dtype, transform):
     """NaN, infinities, ties, constants, subnormals and values beyond fp16: bytes and counters as torch leaves them."""
-    inputs = make_inputs(
-        4, PageShape(16, 2, 128, 32), LayerGroup((0,), 2, 2), [16 * 6], steps=0, dtype=dtype, key_scale=True
-    )
+    more = {"dtype": dtype, transform: True}
+    inputs = make_inputs(4, PageShape(16, 2, 128, 32), LayerGroup((0,), 2, 2), [16 * 6], steps=0, **more)
     fill_adversarial(inputs.storage, inputs.pages(0), dst)
     storage, fence = fenced(on_device(inputs.storage, "cuda"))
     pages = np.array(inputs.pages(0))
@@ -134,9 +139,10 @@ def test_start_up_compiles_what_serving_launches():
     assert compiled() == before > 0
 
 
-def test_a_captured_decode_replays_later_plans():
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_a_captured_decode_replays_later_plans(hadamard):
     """Capture once with padded rows, then plan other lengths and pages: replay equals an eager run."""
-    inputs = inputs_of(9, (4, 2), SHAPES[0], torch.bfloat16, [40, 170, 5, 33])
+    inputs = inputs_of(9, (4, 2), SHAPES[0], torch.bfloat16, [40, 170, 5, 33], hadamard=hadamard)
     storage = on_device(inputs.storage, "cuda")
     pages = torch.cat([inputs.req_pages, torch.zeros_like(inputs.req_pages[:2])]).cuda()
     wrapper, eager = MixedKVDecodeWrapper(), MixedKVDecodeWrapper()

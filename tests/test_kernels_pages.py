@@ -79,6 +79,7 @@ def test_views_cover_the_arena():
         ({"num_pages": 0}, "num_pages must be positive, got 0"),
         ({"key_scale": torch.ones(1, 2, 64)}, r"key_scale must have shape \(2, 2, 64\)"),
         ({"key_scale": torch.zeros(2, 2, 64)}, "positive and finite"),
+        ({"key_scale": torch.ones(2, 2, 64), "hadamard": True}, "either scaled or rotated"),
         ({"key_clip": torch.ones(1, 2)}, r"key_clip must have shape \(2, 2\)"),
         ({"key_clip": torch.zeros(2, 2)}, "key_clip must be above 0"),
         ({"key_clip": torch.full((2, 2), 1.5)}, "at most 1 everywhere"),
@@ -136,20 +137,22 @@ def test_store_refuses_shrunk_and_unmapped_pages():
     assert all(torch.equal(a, b) for a, b in zip(snapshot(storage)[:2], before[:2], strict=True))
 
 
-@pytest.mark.parametrize("key_scale,key_clip", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("transform", [(), ("key_scale",), ("key_scale", "key_clip"), ("hadamard",),
+                                       ("hadamard", "key_clip")], ids="-".join)  # fmt: skip
 @pytest.mark.parametrize("group", GROUPS, **by_name)
-def test_pages_hold_what_the_definition_says_at_every_step(group, key_scale, key_clip):
+def test_pages_hold_what_the_definition_says_at_every_step(group, transform):
     steps = list(range(len(group.steps)))
     shape = PageShape(16, 2, 64, 32)
-    inputs = make_inputs(2, shape, group, [16 * len(steps)], steps=steps, key_scale=key_scale, key_clip=key_clip)
+    inputs = make_inputs(2, shape, group, [16 * len(steps)], steps=steps, **dict.fromkeys(transform, True))
     for page in inputs.pages(0):
         check_page_layout(inputs, page)
 
 
+@pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("shape", [PageShape(32, 1, 128, 128), PageShape(64, 1, 64, 32), PageShape(16, 1, 256, 64)])
-def test_other_shapes_hold_what_the_definition_says(shape):
+def test_other_shapes_hold_what_the_definition_says(shape, hadamard):
     p = shape.page_size
-    inputs = make_inputs(4, shape, LayerGroup((0,), 2, 4), [p, p], steps=[1, 3])
+    inputs = make_inputs(4, shape, LayerGroup((0,), 2, 4), [p, p], steps=[1, 3], hadamard=hadamard)
     check_page_layout(inputs, inputs.pages(0)[0])
     check_page_layout(inputs, inputs.pages(1)[0])
 

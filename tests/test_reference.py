@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_pmkvq.formats import SIDES, LayerGroup, PageShape
+from sglang_pmkvq.formats import HEAD_DIMS, SIDES, LayerGroup, PageShape
+from sglang_pmkvq.kernels.cpu import rotation
 from sglang_pmkvq.kernels.reference import codes as ref
 from sglang_pmkvq.kernels.reference.attention import attention, read_page
 from sglang_pmkvq.kernels.reference.inputs import make_inputs
@@ -36,19 +37,23 @@ def test_fake_quantize_equals_the_definition(bits, scaled, clipped):
 def test_fake_quantize_at_16_bits_is_the_identity_and_bad_arguments_are_refused():
     x = torch.randn(2, 64).bfloat16()
     assert torch.equal(ref.fake_quantize(x, 16, 64), x)
+    assert torch.equal(ref.fake_quantize(x, 16, 64, hadamard=True), x)
     with pytest.raises(ValueError, match="bits must be one of"):
         ref.fake_quantize(x, 3, 64)
     with pytest.raises(ValueError, match="group_size must divide 64, got 48"):
         ref.fake_quantize(x, 4, 48)
+    with pytest.raises(ValueError, match="a Hadamard rotation needs a power of two of channels, got 96"):
+        ref.fake_quantize(torch.randn(2, 96), 4, 32, hadamard=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("key_scale,key_clip", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("transform", [(), ("key_scale",), ("key_clip",), ("key_scale", "key_clip"), ("hadamard",),
+                                       ("hadamard", "key_clip")], ids="-".join)  # fmt: skip
 @pytest.mark.parametrize("group", [LayerGroup((0, 1), *f) for f in ((2, 2), (8, 4), (2, 4))], ids=lambda g: g.name())
-def test_fake_quantize_equals_what_a_pool_reads_back(group, key_scale, key_clip, dtype):
+def test_fake_quantize_equals_what_a_pool_reads_back(group, transform, dtype):
     """The end-to-end oracle: the same values, whether from a pool after its shrinks or faked at once."""
     shape = PageShape(16, 2, 64, 32)
-    inputs = make_inputs(5, shape, group, [64], key_scale=key_scale, key_clip=key_clip, dtype=dtype)
+    inputs = make_inputs(5, shape, group, [64], dtype=dtype, **dict.fromkeys(transform, True))
     storage = inputs.storage
     for page in inputs.pages(0):
         k_tier, v_tier = group.steps[inputs.steps[page]]
@@ -57,8 +62,38 @@ def test_fake_quantize_equals_what_a_pool_reads_back(group, key_scale, key_clip,
                 x = inputs.written[side][layer, page * 16 : (page + 1) * 16]
                 scale = None if side or storage.key_scale is None else storage.key_scale[layer]
                 share = None if side or storage.key_clip is None else storage.key_clip[layer]
+                rotated = side == 0 and "hadamard" in transform
                 got = read_page(storage, side, layer, page)
-                assert torch.equal(ref.fake_quantize(x.float(), tier, 32, scale, share), got), (side, tier)
+                assert torch.equal(ref.fake_quantize(x.float(), tier, 32, scale, share, rotated), got), (side, tier)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_the_rotation_is_sylvesters_matrix(dim):
+    """Entries by the parity of the bits that row and column share; orthonormal; the same bits from both codes."""
+    w = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(dim)] for i in range(dim)])
+    assert torch.equal(ref.walsh_hadamard(torch.eye(dim)), w)
+    assert torch.equal(w @ w, dim * torch.eye(dim))
+    gen = torch.Generator().manual_seed(dim)
+    x, q = torch.randn(5, 3, dim, generator=gen), torch.randn(7, dim, generator=gen)
+    assert torch.equal(rotation.rotate_keys(x), ref.rotated_keys(x)), "codes must not depend on who rotates"
+    norms = rotation.rotate_keys(x).norm(dim=-1) / x.norm(dim=-1)
+    a, b = rotation.exponents(dim)
+    torch.testing.assert_close(norms, torch.full_like(norms, dim**0.5 / 2**a))
+    assert 2 ** (a + b) == dim and 0 <= a - b <= 1
+    torch.testing.assert_close(ref.unrotated_keys(ref.rotated_keys(x)), x, rtol=1e-5, atol=1e-6)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        turned = q @ rotation.query_rotation(dim, dtype, "cpu").float()
+        torch.testing.assert_close(turned, ref.unrotated_keys(q), rtol=1e-5, atol=1e-5)
+    scores = ref.unrotated_keys(q) @ rotation.rotate_keys(x).flatten(0, 1).T
+    torch.testing.assert_close(scores, q @ x.flatten(0, 1).T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rotation_spreads_an_outlier():
+    """What it is for: one large channel no longer sets the range of all."""
+    x = torch.randn(50, 128, generator=torch.Generator().manual_seed(0))
+    x[:, 7] += 40
+    errors = [float((ref.fake_quantize(x, 2, 128, hadamard=h) - x).norm()) for h in (False, True)]
+    assert errors[1] < errors[0] / 2
 
 
 def test_reference_attention_is_torch_attention():

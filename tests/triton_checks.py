@@ -39,6 +39,8 @@ RELATIVE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Rounding q̃ to the dot dtype moves a score by its error times the range of the keys.
 LSE_ABSOLUTE = {torch.float16: 1e-2, torch.bfloat16: 1e-1}
 SENTINEL = 12288.0
+# Of a calibration, in a storage.
+CONSTANTS = ("key_scale", "rotation", "key_clip", "clip_edge")
 # Bytes on either side of a fenced tensor, a multiple of every alignment.
 FENCE = 4096
 
@@ -60,7 +62,7 @@ def on_device(storage: GroupStorage, device: str) -> GroupStorage:
     """The same storage on a device."""
     arenas, meta = (tuple(None if t is None else t.to(device) for t in x) for x in (storage.arenas, storage.meta))
     counters = ("clipped_groups", "dropped_rows", "unmapped_reads")
-    others = {name: getattr(storage, name) for name in ("table", "key_scale", "key_clip", "clip_edge", *counters)}
+    others = {name: getattr(storage, name) for name in ("table", *CONSTANTS, *counters)}
     others = {name: None if t is None else t.to(device) for name, t in others.items()}
     return dataclasses.replace(storage, arenas=arenas, meta=meta, **others)
 
@@ -75,7 +77,7 @@ def fenced(storage: GroupStorage) -> tuple[GroupStorage, list[torch.Tensor]]:
         whole.append(torch.full((old.nbytes + 2 * FENCE,), 0xA5, dtype=torch.uint8, device=old.device))
         return whole[-1][FENCE:-FENCE].view(old.dtype).view(old.shape).copy_(old)
 
-    fields = {name: inner(getattr(storage, name)) for name in ("table", "key_scale", "key_clip", "clip_edge")}
+    fields = {name: inner(getattr(storage, name)) for name in ("table", *CONSTANTS)}
     fields |= {name: tuple(inner(t) for t in getattr(storage, name)) for name in ("arenas", "meta")}
     return dataclasses.replace(storage, **fields), whole
 
@@ -86,7 +88,8 @@ def check_fenced(whole: list[torch.Tensor]) -> None:
 
 
 def adversarial(tokens: int, heads: int, dim: int, seed: int) -> torch.Tensor:
-    """Rows with constants, tiny and huge ranges, offsets, NaN, infinities and values beyond fp16."""
+    """Rows with constants, tiny and huge ranges, offsets, NaN, infinities, values beyond fp16, and such whose rotation
+    depends on the order of its sums."""
     gen = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, heads, dim, generator=gen)
     x *= torch.exp2(torch.randint(-26, 16, (tokens, heads, 1), generator=gen).float())
@@ -100,6 +103,8 @@ def adversarial(tokens: int, heads: int, dim: int, seed: int) -> torch.Tensor:
     x[6::16, :, 0], x[6::16, :, 1] = -3e38, 3e38
     x[8::16] = 0.0
     x[9::16] = (torch.arange(dim).float() % 511) / 2  # ties of the first rounding
+    x[10::16] = torch.randn(x[10::16].shape, generator=gen)
+    x[10::16, :, ::2] = 2.0**15  # cancel but for two rotated channels, and round the others before or after
     return x
 
 

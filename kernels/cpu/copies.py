@@ -6,6 +6,7 @@ import torch
 
 from sglang_pmkvq.formats import K, tier_units
 from sglang_pmkvq.kernels.cpu import codes as codec
+from sglang_pmkvq.kernels.cpu.rotation import rotate_keys
 from sglang_pmkvq.kernels.storage import GroupStorage
 
 # Elements (over all layers) that one round of copies converts at once: bounds the fp32 workspace
@@ -52,6 +53,8 @@ def _quantize(storage: GroupStorage, side: int, dst_tier: int, page: torch.Tenso
     x = x.to(torch.float32, memory_format=torch.contiguous_format)  # [L, n, H, P, D]
     if side == K and storage.key_scale is not None:
         x /= storage.key_scale[:, None, :, None, :]
+    if side == K and storage.rotation is not None:
+        x = rotate_keys(x)
     q = codec.quantize(x, s.group_size)
     meta.index_copy_(1, page, q.meta.transpose(3, 4).contiguous())
     storage.clipped_groups.add_(q.clipped)

@@ -1,6 +1,6 @@
 """Attention of a run of items on codes, in fp32: one split-KV partial per item, and their merge.
 
-With q̃ = query · s (key scale) · softmax scale, per group γ of G channels:
+With q̃ = query · s (key scale; or the rotated query) · softmax scale, per group γ of G channels:
 
     S[t]  = Σ_γ ( scale_k[t,γ] · (q̃_γ · codes_γ[t]) + zero_k[t,γ] · Σ_{d∈γ} q̃_d )
     O_γ   = Σ_t (p[t] · scale_v[t,γ]) · codes_γ[t] + Σ_t p[t] · zero_v[t,γ]
@@ -123,7 +123,7 @@ def attend_tile(
     layer: int,
     tile: Tile,
     q: torch.Tensor,
-    q_scaled: torch.Tensor,
+    q_low: torch.Tensor,
     logit_cap: float,
     q_position: torch.Tensor | None = None,
 ) -> Partial:
@@ -132,12 +132,12 @@ def attend_tile(
     Args:
         layer: layer within the group.
         q: fp32 ``[B, M, D]``, queries times the softmax scale.
-        q_scaled: the same times the key scale; read by quantized K.
+        q_low: the same for quantized K: times the key scale, or rotated.
         logit_cap: scores become cap·tanh(score/cap) if positive.
         q_position: int32 ``[M, 1]`` positions of the queries for the causal mask (tiles with
             positions only), or None if every query sees every token of the tile.
     """
-    scores = _scores(storage, layer, tile, q, q_scaled)
+    scores = _scores(storage, layer, tile, q, q_low)
     if logit_cap > 0.0:
         scores = scores.div_(logit_cap).tanh_().mul_(logit_cap)
     if q_position is not None:
@@ -152,7 +152,7 @@ def attend_tile(
     return Partial(peak, p.sum(dim=-1), _output(storage, layer, tile, p))
 
 
-def _scores(storage: GroupStorage, layer: int, tile: Tile, q: torch.Tensor, q_scaled: torch.Tensor) -> torch.Tensor:
+def _scores(storage: GroupStorage, layer: int, tile: Tile, q: torch.Tensor, q_low: torch.Tensor) -> torch.Tensor:
     """S ``[B, M, T]`` of a tile, T = C*P tokens."""
     groups, whole, (b, m, _) = storage.shape.groups_per_head, tile.whole[K], q.shape
     scores = q.new_empty(b, m, tile.pages_per_item * storage.shape.page_size)
@@ -167,10 +167,10 @@ def _scores(storage: GroupStorage, layer: int, tile: Tile, q: torch.Tensor, q_sc
             for view, q_part, part in parts:
                 torch.bmm(q_part, view.transposed, out=part)
         else:
-            _dots_on_codes(storage, layer, tile, run, q_scaled[rows], dots[run.start - whole : run.stop - whole])
+            _dots_on_codes(storage, layer, tile, run, q_low[rows], dots[run.start - whole : run.stop - whole])
     if coded.shape[0]:
         zero, scale = _zero_scale(storage, K, layer, tile)
-        q_sum = q_scaled[whole:].unflatten(-1, (groups, -1)).sum(dim=-1).transpose(1, 2).unsqueeze(-1)
+        q_sum = q_low[whole:].unflatten(-1, (groups, -1)).sum(dim=-1).transpose(1, 2).unsqueeze(-1)
         dots.mul_(scale).addcmul_(q_sum, zero)
         if groups > 1:
             torch.sum(dots, dim=1, out=coded)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from sglang_pmkvq.formats import STEP_BITS, STEP_MASK, UNITS_PER_SUPERBLOCK, K, tier_units
-from sglang_pmkvq.kernels.reference.codes import clipped_range, dequantize, unpack_page
+from sglang_pmkvq.kernels.reference.codes import clipped_range, dequantize, unpack_page, unrotated_keys
 from sglang_pmkvq.kernels.storage import GroupStorage
 
 
@@ -50,8 +50,8 @@ def attention(
 def read_page(storage: GroupStorage, side: int, layer: int, page: int) -> torch.Tensor:
     """One page of a storage as fp32 ``[P, H, D]``, through its table, at whatever tier it has.
 
-    Keys come back in the model's own units (times the key scale). Addresses are computed from bytes
-    here, not by the storage's views.
+    Keys come back in the model's own units (turned back, times the key scale). Addresses are computed
+    from bytes here, not by the storage's views.
     """
     shape, group = storage.shape, storage.group
     entry = int(storage.table[0 if group.shared else side, page])
@@ -72,6 +72,8 @@ def read_page(storage: GroupStorage, side: int, layer: int, page: int) -> torch.
     if side == K and tier == 2 and storage.key_clip is not None:
         zero, span = clipped_range(zero, span, storage.key_clip[layer][:, None, None])
     values = dequantize(codes, zero, span, tier)
+    if side == K and storage.rotation is not None:
+        values = unrotated_keys(values)
     if side == K and storage.key_scale is not None:
         values = values * storage.key_scale[layer][:, None, :]
     return values.transpose(0, 1)

@@ -92,33 +92,57 @@ def unpack_page(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64).view(*packed.shape[:2], -1)
 
 
+def walsh_hadamard(x: torch.Tensor) -> torch.Tensor:
+    """x·W of rows ``[..., D]``, W Sylvester's matrix of ±1: (a, b)·W = (a·W + b·W, a·W − b·W), and 1·W = 1."""
+    if x.shape[-1] == 1:
+        return x
+    first, second = walsh_hadamard(x.unflatten(-1, (2, -1))).unbind(-2)
+    return torch.cat((first + second, first - second), dim=-1)
+
+
+def rotated_keys(x: torch.Tensor) -> torch.Tensor:
+    """What is quantized of keys ``[..., D]`` that are rotated: x·W/2^⌈log2(D)/2⌉."""
+    return walsh_hadamard(x) / 2 ** math.ceil(math.log2(x.shape[-1]) / 2)
+
+
+def unrotated_keys(x: torch.Tensor) -> torch.Tensor:
+    """Inverse of ``rotated_keys``, and what queries are multiplied by: W·W = D·I, so x·W/2^⌊log2(D)/2⌋."""
+    return walsh_hadamard(x) / 2 ** math.floor(math.log2(x.shape[-1]) / 2)
+
+
 def fake_quantize(
     x: torch.Tensor,
     bits: int,
     group_size: int,
     key_scale: torch.Tensor | None = None,
     clip: torch.Tensor | None = None,
+    hadamard: bool = False,
 ) -> torch.Tensor:
     """What a reader of the pool sees instead of ``x [..., D]`` at ``bits``: same shape and dtype.
 
     The pool's chain (16 → 8 → … → bits), fp16 (zero, range) included; 16 bits return ``x`` itself.
     With ``key_scale [..., D]`` (broadcast against ``x``) x / s is quantized and the result multiplied
-    by s. At 2 bits codes span the middle share ``clip [...]`` (fp32, broadcast against ``x[..., 0]``) of each
-    range. Meant as an end-to-end oracle on another framework's cache, so it works on whole tensors;
-    ``quantize_group`` and ``chain`` are the definitions that it is tested against.
+    by s; with ``hadamard`` x is rotated first and the result turned back. At 2 bits codes span the middle share
+    ``clip [...]`` (fp32, broadcast against ``x[..., 0]``) of each range. Meant as an end-to-end oracle on another
+    framework's cache, so it works on whole tensors; ``quantize_group`` and ``chain`` are the definitions that it is
+    tested against.
 
     Raises:
-        ValueError: a width or group size that the pool does not have.
+        ValueError: a width or group size that the pool does not have, or D to be rotated and no power of two.
     """
     if bits not in (16, 8, 4, 2):
         raise ValueError(f"bits must be one of (16, 8, 4, 2), got {bits}")
     if x.shape[-1] % group_size:
         raise ValueError(f"group_size must divide {x.shape[-1]}, got {group_size}")
+    if hadamard and x.shape[-1].bit_count() != 1:
+        raise ValueError(f"a Hadamard rotation needs a power of two of channels, got {x.shape[-1]}")
     if bits == 16:
         return x
     values = x.float()
     if key_scale is not None:
         values = values / key_scale
+    if hadamard:
+        values = rotated_keys(values)
     groups = values.reshape(*x.shape[:-1], -1, group_size)
     low = groups.min(dim=-1, keepdim=True).values
     high = groups.max(dim=-1, keepdim=True).values
@@ -144,6 +168,8 @@ def fake_quantize(
         codes = torch.floor(codes / (2**width + 1) + 0.5)
     out = torch.where(broken, torch.full_like(groups, math.nan), codes * (span / (2**bits - 1)) + zero)
     out = out.reshape(x.shape)
+    if hadamard:
+        out = unrotated_keys(out)
     if key_scale is not None:
         out = out * key_scale
     return out.to(x.dtype)

@@ -52,6 +52,7 @@ def make_inputs(
     dtype: torch.dtype = torch.bfloat16,
     key_scale: bool = False,
     key_clip: bool = False,
+    hadamard: bool = False,
     stale: bool = True,
 ) -> Inputs:
     """Requests with random K and V, their pages taken down to their steps one step at a time.
@@ -61,6 +62,7 @@ def make_inputs(
         query_heads: Hq, default H.
         key_scale: random key scales between 1/4 and 4 instead of None.
         key_clip: random clip factors between 0.4 and 1 instead of None.
+        hadamard: rotate keys before they are quantized; not with ``key_scale``.
         stale: fill arenas and side arrays with random bytes first, and leave slots past the end of
             a sequence unwritten, so that reading what does not belong to a request shows.
     """
@@ -79,7 +81,9 @@ def make_inputs(
     scale = torch.exp2(torch.rand(layers, h, d, generator=gen) * 4 - 2) if key_scale else None
     share = 0.4 + 0.6 * torch.rand(layers, h, generator=torch.Generator().manual_seed(seed + 1)) if key_clip else None
     superblocks = [2 * (n_pages + 1) + len(group.steps)] * len(group.arena_sides)
-    storage = GroupStorage.allocate(shape, group, superblocks, n_pages, dtype, key_scale=scale, key_clip=share)
+    storage = GroupStorage.allocate(
+        shape, group, superblocks, n_pages, dtype, key_scale=scale, key_clip=share, hadamard=hadamard
+    )
     if stale:
         for t in (*storage.arenas, *(m for m in storage.meta if m is not None)):
             raw = t.view(torch.uint8)

@@ -1,6 +1,6 @@
 """Attention of query rows over a run of pages of one step: the loop that decode and extend share.
 
-With q̃ = query · key scale, rounded to the dot dtype, and per group γ of G channels:
+With q̃ = query · key scale, or the rotated query, rounded to the dot dtype, and per group γ of G channels:
 
     S[t] = Σ_γ (scale[t,γ] · (q̃_γ · codes_γ[t]) + zero[t,γ] · Σ_{d∈γ} q̃_d)
     O_γ  = Σ_t (p[t] · scale[t,γ]) · codes_γ[t] + Σ_t p[t] · zero[t,γ]
@@ -118,7 +118,8 @@ def load_pairs(meta, page, head, t, H: tl.constexpr, NG: tl.constexpr, P: tl.con
 @triton.jit
 def attend_step(
     state,  # maximum [M], sum [M] or [M, N] (DEFER), acc [M, D]
-    q, q_offset, row_ok, q_pos,  # base, elements [M], bool [M], positions [M] (CAUSAL)
+    q, q_low,  # bases; the second of rotated queries, or None
+    q_offset, row_ok, q_pos,  # elements [M] in both, bool [M], positions [M] (CAUSAL)
     key_scale,  # fp32 [D] of this head, or None
     key_clip,  # fp32 [H] of this layer, or None
     k16, v16, k_codes, v_codes, k_meta, v_meta,  # bases of the layer
@@ -142,6 +143,8 @@ def attend_step(
     if key_clip is not None and KT == 2:
         share = tl.load(key_clip + head)
 
+    if q_low is not None and KT < 16:
+        q = q_low
     q_parts = ()
     q_sums = ()
     for i in tl.static_range(D // KC):

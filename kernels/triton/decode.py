@@ -7,7 +7,7 @@ from sglang_pmkvq.kernels.triton.attend import LN2, attend_step
 
 @triton.jit(do_not_specialize=["num_requests"], do_not_specialize_on_alignment=["key_clip"])
 def decode_kernel(
-    q, q_stride_t, q_stride_h,
+    q, q_stride_t, q_stride_h, q_low,  # q_low: rotated queries, laid out as q, or None
     part_out, part_lse,  # fp32 [items, Hq, D], [items, Hq] natural log
     k16, v16, k_codes, v_codes, k_meta, v_meta, key_scale, key_clip,
     pages, k_units, v_units, list_stride,
@@ -27,7 +27,10 @@ def decode_kernel(
     list_base = request * list_stride
     row = tl.arange(0, M)
     row_ok = row < GQA
-    q += tl.load(q_row + request).to(tl.int64) * q_stride_t + head * GQA * q_stride_h
+    first_row = tl.load(q_row + request).to(tl.int64) * q_stride_t + head * GQA * q_stride_h
+    q += first_row
+    if q_low is not None:
+        q_low += first_row
     q_offset = row * q_stride_h
     scale_head = None if key_scale is None else key_scale + head * D
     peak = tl.full((M,), float("-inf"), dtype=tl.float32)
@@ -37,7 +40,7 @@ def decode_kernel(
         n_valid = tl.load(item_tokens + item * STEPS + step)
         if n_valid > 0:
             peak, total, acc = attend_step(
-                (peak, total, acc), q, q_offset, row_ok, None, scale_head, key_clip,
+                (peak, total, acc), q, q_low, q_offset, row_ok, None, scale_head, key_clip,
                 k16, v16, k_codes, v_codes, k_meta, v_meta,
                 pages + list_base, k_units + list_base, v_units + list_base, None,
                 tl.load(item_first + item * STEPS + step), n_valid, head, sm_scale, logit_cap,

@@ -18,7 +18,7 @@ def visible_pages(cols, count, last_page, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=["key_clip"])
 def extend_kernel(
-    q, q_stride_t, q_stride_h,
+    q, q_stride_t, q_stride_h, q_low,  # q_low: rotated queries, laid out as q, or None
     out, out_stride_t, out_stride_h, lse,
     k16, v16, k_codes, v_codes, k_meta, v_meta, key_scale, key_clip,
     pages, k_units, v_units, cols, list_stride,
@@ -44,7 +44,10 @@ def extend_kernel(
     row_ok = (query < queries) & (member < GQA)
     q_pos = prefix + query
     first_token = (tl.load(q_row + request) + first_query).to(tl.int64)
-    q += first_token * q_stride_t + head * GQA * q_stride_h
+    first_row = first_token * q_stride_t + head * GQA * q_stride_h
+    q += first_row
+    if q_low is not None:
+        q_low += first_row
     q_offset = row // ROWS_PER_QUERY * q_stride_t + member * q_stride_h
     last_position = prefix + tl.minimum(first_query + M // ROWS_PER_QUERY, queries) - 1
 
@@ -62,7 +65,7 @@ def extend_kernel(
         n_valid = tl.minimum(seen * P, tl.load(tier_tokens + request * STEPS + step))
         if n_valid > 0:
             peak, total, acc = attend_step(
-                (peak, total, acc), q, q_offset, row_ok, q_pos, scale_head, key_clip,
+                (peak, total, acc), q, q_low, q_offset, row_ok, q_pos, scale_head, key_clip,
                 k16, v16, k_codes, v_codes, k_meta, v_meta,
                 pages + list_base, k_units + list_base, v_units + list_base, cols + list_base,
                 start, n_valid, head, sm_scale, logit_cap,

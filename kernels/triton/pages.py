@@ -9,6 +9,11 @@ FP16_MAX = tl.constexpr(65504.0)
 ROUNDER = tl.constexpr(12582912.0)
 
 
+@triton.constexpr_function
+def log2(n):
+    return n.bit_length() - 1
+
+
 @triton.jit(
     do_not_specialize=["table_stride", "num_pages"],
     do_not_specialize_on_alignment=["slots", "table"],
@@ -94,6 +99,19 @@ def quantize(
 
 
 @triton.jit
+def rotate_keys(x, T: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr):
+    """x·W·SCALE of fp32 x [T, D]: the butterflies of ``kernels/cpu/rotation.py`` in the same order, so the same bits.
+
+    SCALE is a power of two: contracting the product into a sum changes nothing.
+    """
+    for i in tl.static_range(log2(D)):
+        pairs = tl.permute(tl.reshape(x, (T, D // (2 << i), 2, 1 << i)), (0, 1, 3, 2))
+        first, second = tl.split(pairs)
+        x = tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2)), (T, D))
+    return x * SCALE
+
+
+@triton.jit
 def narrow(src, dst, edge, SRC: tl.constexpr, DST: tl.constexpr, BYTES: tl.constexpr, ROW: tl.constexpr):
     """Codes of SRC bits to DST bits for ``BYTES`` destination bytes, rows of ``ROW`` destination bytes.
 
@@ -117,13 +135,13 @@ def copy_kernel(
     commands, count,  # int32 [5, count]: page, source unit, destination unit, source tier, destination tier
     values0, bytes0, meta0, scale0, edges0, values1, bytes1, meta1, clipped,
     bytes_stride_l, meta_stride_l,
-    MIN_TIER: tl.constexpr,
+    MIN_TIER: tl.constexpr, ROTATE: tl.constexpr,  # 0.0, or what rotated keys are multiplied by
     H: tl.constexpr, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """One command, layer, side and head per program; tiers are uniform in a program.
 
-    ``…0`` and ``…1`` are the sides of the arena (the same twice if it has one); only side 0 can have
-    a key scale and edges (int32 [L, H]) of clipped ranges. In a wave nothing is read and written, so
+    ``…0`` and ``…1`` are the sides of the arena (the same twice if it has one); only side 0 can be
+    rotated, or have a key scale and edges (int32 [L, H]) of clipped ranges. In a wave nothing is read and written, so
     programs need no order.
     """
     command = tl.program_id(0)
@@ -162,6 +180,9 @@ def copy_kernel(
                 if scale0 is not None:
                     s = tl.load(scale0 + (layer * H + head) * D + d, mask=(d < D) & (side == 0), other=1.0)
                     x = tl.div_rn(x, tl.broadcast_to(s[None, :], (T, D)))
+                if ROTATE > 0.0:  # noqa: SIM102 - the compiler decides this one, the program the next
+                    if side == 0:
+                        x = rotate_keys(x, T, D, ROTATE)
                 at = (page * H + head) * (D // G * P)
                 codes = quantize(x, meta + at, clipped, t0, D, G, P, T)
                 if dst_tier == 8:

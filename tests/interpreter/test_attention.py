@@ -77,6 +77,20 @@ def test_clipped_ranges(index, finals):
     check_extend(make_inputs(index, PageShape(p, h, d, g), group, [p + 3, 2 * p], **more), [3, 2 * p - 1])
 
 
+@pytest.mark.parametrize("index,finals", list(enumerate([(2, 2), (4, 4), (8, 2), (16, 4), (2, 16)])))
+def test_rotated_keys(index, finals):
+    """16-bit pages beside rotated ones; then queries that are a slice of wider rows, as a fused projection has them."""
+    p, h, d, g, per_head = SHAPES[index]
+    group = LayerGroup((0,), *finals)
+    more = {"query_heads": h * per_head, "hadamard": True, "key_clip": index % 2 == 0, "dtype": DTYPES[index % 2]}
+    inputs = make_inputs(index, PageShape(p, h, d, g), group, boundary_lens(p), **more)
+    wrapper, q = check_decode(inputs), inputs.q.to(DTYPES[index % 2])
+    wide = torch.cat((q, torch.full_like(q, torch.nan)), 1)
+    apart, together = (run_guarded(wrapper, x, 0, 0.1, 0.0) for x in (wide[:, : h * per_head], q))
+    assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+    check_extend(make_inputs(index, PageShape(p, h, d, g), group, [p + 3, 2 * p, 1], **more), [3, 2 * p - 1, 0])
+
+
 @pytest.mark.parametrize("step", range(4))
 def test_every_step_alone_in_every_layer(step):
     """All pages at one step, so that the other steps are empty."""
@@ -270,7 +284,7 @@ def test_without_the_cast_the_interpreter_gets_bf16_wrong():
     plan = wrapper._device
     assert plan is not None
     q = inputs.q.bfloat16()
-    launch = device_attention.decode_launch(plan, plan.partials_for(8), q, 0, 0.1, 0.0)
+    launch = device_attention.decode_launch(plan, plan.partials_for(8), q, None, 0, 0.1, 0.0)
     assert launch.args["DOT"] == tl.float32
     broken = dataclasses.replace(launch, args={**launch.args, "DOT": tl.bfloat16})
     out = torch.zeros_like(q)

@@ -51,15 +51,16 @@ Key = tuple[str, tuple[tuple[str, object], ...]]
 
 
 def make_backend(
-    monkeypatch: pytest.MonkeyPatch, finals: list[tuple[int, int]], scales=None, clips=None
+    monkeypatch: pytest.MonkeyPatch, finals: list[tuple[int, int]], scales=None, clips=None, hadamard=False
 ) -> PmkvqAttnBackend:
     """A backend over a pool of 12 mapped 16-bit pages; the last superblocks are free."""
     monkeypatch.setattr(MixedPrecisionTokenPool, "backend", "triton")
     groups = groups_from_finals(finals)
     geometry = geometry_for_pages(PageShape(P, H, D, D), groups, 12, 12)
     setup = PoolSetup(
-        geometry, PolicyConfig(), Limits(4, 64, 12), geometry.total_bytes, 100, key_scales=scales, key_clips=clips
-    )
+        geometry, PolicyConfig(), Limits(4, 64, 12), geometry.total_bytes, 100, key_scales=scales, key_clips=clips,
+        hadamard=hadamard,
+    )  # fmt: skip
     pool = MixedPrecisionTokenPool(setup, 12 * P, P, torch.bfloat16, H, D, len(finals), "cpu", False)
     pages = np.arange(13, dtype=np.int32)
     table = tuple(
@@ -243,16 +244,17 @@ class Launches:
         return keys
 
 
-def test_start_up_compiles_all_that_serving_launches(monkeypatch):
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_start_up_compiles_all_that_serving_launches(monkeypatch, hadamard):
     """Over batches, lengths, chunks and command counts: a kernel has one key per group, and start-up has seen it.
 
     Keys are Triton's own. What SGLang hands over is as it does: slices at any offset, K and V inside a QKV row.
     """
     launches = Launches(monkeypatch)
     finals = [(4, 4), (4, 2), (2, 8), (16, 4), (16, 16), (2, 8)]
-    scales = (None, torch.ones(1, H, D), None, None, None)
+    scales = (None, None if hadamard else torch.ones(1, H, D), None, None, None)
     clips = (None, None, torch.full((2, H), 0.6), None, None)
-    backend = make_backend(monkeypatch, finals, scales, clips)
+    backend = make_backend(monkeypatch, finals, scales, clips, hadamard)
     warm = launches.take()
     launches.really = False  # from here on only the arguments matter
     pool, longest = backend.token_to_kv_pool, 1100 * P
@@ -295,7 +297,7 @@ def test_start_up_compiles_all_that_serving_launches(monkeypatch):
     count = Counter(name for name, _ in served)
     # The five groups differ in tiers, which decode and extend are compiled for. The plan knows steps and arenas, and
     # tells decode's int64 lengths from extend's; copies know the lowest tier of an arena, and whether it has scales
-    # and clip factors.
+    # and clip factors, or is of keys that are rotated.
     expected = {"decode_kernel": 5, "extend_kernel": 5, "merge_kernel": 1, "store_kernel": 2, "table_kernel": 1}
     expected |= {"copy_kernel": 6, "count_kernel": 2 * 3, "scatter_kernel": 2 * 4}
     assert {name: count[name] for name in expected} == expected

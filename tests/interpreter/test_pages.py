@@ -63,10 +63,10 @@ def test_store_converts_and_skips_what_is_not_writable():
         page_ops.store(b.storage, 0, slots[:1], rows[0], rows[:1], backend="triton")
 
 
-def check_copies(pair, shape, finals, dtype, key_scale, seed, key_clip=False) -> None:
+def check_copies(pair, shape, finals, dtype, key_scale, seed, key_clip=False, hadamard=False) -> None:
     src_tier, dst_tier = pair
     group = LayerGroup((0, 1), *finals)
-    more = {"dtype": dtype, "key_scale": key_scale, "key_clip": key_clip}
+    more = {"dtype": dtype, "key_scale": key_scale, "key_clip": key_clip, "hadamard": hadamard}
     a, b = twins(seed, PageShape(*shape), group, [4 * shape[0]], steps=0, **more)
     storage, fence = fenced(b.storage)
     b = dataclasses.replace(b, storage=storage)
@@ -97,12 +97,23 @@ def test_clipped_copies_equal_the_torch_path(source, index, finals):
     check_copies((source, 2), SHAPES[index], finals, DTYPES[index % 2], key_scale=index == 1, seed=index, key_clip=True)
 
 
+@pytest.mark.parametrize("index,target", list(enumerate([8, 4, 2, 2])))
+@pytest.mark.parametrize("finals", [(2, 2), (2, 4)])
+def test_rotated_copies_equal_the_torch_path(finals, index, target):
+    """The same sums in the same order."""
+    more = {"key_scale": False, "seed": index, "key_clip": index == 2, "hadamard": True}
+    check_copies((16, target), SHAPES[index], finals, DTYPES[index % 2], **more)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("pair,shape,dtype", list(product(PAIRS, SHAPES, DTYPES)))
 @pytest.mark.parametrize("finals", [(2, 2), (2, 4), (8, 2)])
 @pytest.mark.parametrize("key_clip", [False, True])
 def test_copies_matrix(pair, shape, dtype, finals, key_clip):
-    check_copies(pair, shape, finals, dtype, key_scale=shape[0] == 16, seed=pair[0] + pair[1], key_clip=key_clip)
+    more = {"seed": pair[0] + pair[1], "key_clip": key_clip}
+    check_copies(pair, shape, finals, dtype, key_scale=shape[0] == 16, **more)
+    if pair[0] == 16 > pair[1]:
+        check_copies(pair, shape, finals, dtype, key_scale=False, hadamard=True, **more)
 
 
 @pytest.mark.parametrize("finals", [(4, 4), (2, 8)])
