@@ -201,6 +201,21 @@ def _internal_state(result: Any, self: Any, recv_req: Any) -> Any:
     return result
 
 
+def _validate_request(self: Any, obj: Any, input_ids: Any) -> None:
+    """Refuse what ends SGLang's scheduler: an empty batch in its forward, a key that its radix tree cannot hash.
+
+    Raises:
+        ValueError: the prompt has no token, or ``extra_key`` is not one string.
+    """
+    if getattr(self.server_args, "kv_quant", "none") != "pmkvq":
+        return
+    if input_ids is not None and len(input_ids) == 0 and getattr(obj, "input_embeds", None) is None:
+        raise ValueError("the prompt has no token; at least one is needed")
+    key = getattr(obj, "extra_key", None)
+    if not isinstance(key, str | None):
+        raise ValueError(f"extra_key of a request must be one string, got {key!r}")
+
+
 def targets() -> tuple[Target, ...]:
     """The hooks, in one list. A function because the server-arguments class imports SGLang."""
     from sglang_pmkvq.server_args import PmkvqServerArgs
@@ -342,6 +357,13 @@ def targets() -> tuple[Target, ...]:
             _worker_info,
             ("self",),
             "the longest input that SGLang accepts is one that it can ever admit; others are refused with that number",
+        ),
+        Target(
+            "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+            "before",
+            _validate_request,
+            ("self", "obj", "input_ids"),
+            "two requests that end stock's scheduler are refused: without a token, and with a key that is no string",
         ),
         Target(
             "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
