@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from benchmarks.equality import answers, compare
+from benchmarks.methods import bytes_per_token
 from benchmarks.pressure import problem_set, prompt_ids
 from benchmarks.reasoner.task import check
 from benchmarks.serving import REASONER, STRICT, generate_many, serve
 from benchmarks.steady import random_prompts
 from sglang_pmkvq.formats import PAGE_SIZES
 from tests.support.models import make_model
+from tests.support.servers import start_together
 
 pytestmark = pytest.mark.server
 
@@ -120,24 +123,28 @@ def test_architectures_equal_stock_then_shrink(
     extra = ["--skip-tokenizer-init", "--context-length", "4096", "--dtype", "auto"]
     common = ["--disable-radix-cache", "--chunked-prefill-size", "2048", "--max-running-requests", "8", *extra]
     pages = ["--page-size", str(page_size)]
-    with serve(model, [*common, *pages, "--pmkvq-pool-bytes", "64MiB"], device="cpu") as server:
-        ours = answers(server, prompts, 48, 1)
-        assert not server.pool()["shrinks"]
-        token_bytes = server.pool()["budget_bytes"] / server.pool()["stock_tokens"]
-    with serve(model, [*common, "--max-total-tokens", "20000"], quant=False, device="cpu") as server:
-        assert ours == answers(server, prompts, 48, 1)
-    pool = str(int(1000 * token_bytes))
-    tiny = ["--pmkvq-pool-bytes", pool, "--pmkvq-final-bits", "k4v2", "--chunked-prefill-size", "64"]
-    with serve(model, [*tiny, *pages, "--max-running-requests", "6", *extra], device="cpu", env=STRICT) as server:
+    tiny = [
+        *pages, *extra, "--max-running-requests", "6", "--chunked-prefill-size", "64",
+        "--pmkvq-pool-bytes", str(1000 * bytes_per_token(model)), "--pmkvq-final-bits", "k4v2",
+    ]  # fmt: skip
+    with ExitStack() as stack:
+        big, stock, small = start_together(
+            stack,
+            serve(model, [*common, *pages, "--pmkvq-pool-bytes", "64MiB"], device="cpu"),
+            serve(model, [*common, "--max-total-tokens", "20000"], quant=False, device="cpu"),
+            serve(model, tiny, device="cpu", env=STRICT),
+        )
+        assert answers(big, prompts, 48, 1) == answers(stock, prompts, 48, 1)
+        assert not big.pool()["shrinks"]
         bodies = [
             {"input_ids": p, "sampling_params": {"temperature": 0, "max_new_tokens": 120, "ignore_eos": True}}
             for p in random_prompts(8, 12, 200, 512)
         ]
-        out = generate_many(server, bodies, 6)
+        out = generate_many(small, bodies, 6)
         assert all(len(a["output_ids"]) == 120 for a in out)
-        shrinks = server.pool()["shrinks"]
+        shrinks = small.pool()["shrinks"]
         assert shrinks["8->4"] > 0
         assert shrinks["4->2"] > 0
-        server.flush()
-        assert server.pool()["mapped_pages"] == 0
-        assert not server.errors()
+        small.flush()
+        assert small.pool()["mapped_pages"] == 0
+        assert not small.errors()
