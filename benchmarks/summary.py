@@ -278,6 +278,7 @@ def _soak(result: dict[str, Any]) -> str:
     resident = [r["rss_mib"] for r in result["rounds"]]
     at = [f"{resident[round(q * (len(resident) - 1))]:,.0f}" for q in (0, 0.25, 0.5, 0.75, 1)]
     slopes = [slope(result["rounds"], share) for share in (0.5, 0.25)]
+    ours = bool(result["shrinks"])
     rows = [
         ("minutes, clients, idle checks", f"{result['minutes']:g}, {result['clients']}, {result['idle_checks']}"),
         ("requests asked", sum(result["asked"].values())),
@@ -285,7 +286,8 @@ def _soak(result: dict[str, Any]) -> str:
         ("cut off by the client or a timeout", sum(result["cut_off"].values())),
         ("lost, or checks that failed", len(result["lost"])),
         ("times that requests were retracted", result["retraction_events"]),
-        ("most retractions since a request ended", result["peak_retractions_since_finish"]),
+        # A figure of our pool's own.
+        ("most retractions since a request ended", result["peak_retractions_since_finish"] if ours else "-"),
         ("pauses, flushes while busy, weights loaded again", _counts(result)),
         ("answers with nothing shrunk, right", f"{result['answers_at_16_bits']}, {result['right_at_16_bits']}"),
         ("answers over shrunk pages, right", f"{result['answers_below']}, {result['right_below']}"),
