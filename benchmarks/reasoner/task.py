@@ -148,7 +148,7 @@ def make_problem(seed: int, lines: int, constants: int | None = None) -> Problem
         most = max(c for c in range(1, lines) if 2 * (lines - c) + 1 >= MIN_DEPENDENCE * lines)
     if constants is None:
         constants = min(most, 3 + sum(rng.random() < 1 / 16 for _ in range(lines - 3)))
-    elif constants > most:
+    if constants > most:
         raise ValueError(f"a problem of {lines} lines has at most {most} constants, got {constants}")
     program, asked = _draw(rng, lines, constants)
     if seed >= EVAL_SEED_START:
