@@ -3,7 +3,8 @@ and rotated keys in place of scaled ones.
 
     python -m benchmarks.calibration --problems 200 --seeds 0 1 2
 
-Parts, each row written as soon as it is measured (a second run goes on where the first stopped):
+Parts, each row written as soon as it is measured. A second run goes on where the first stopped, or measures beside it
+(one with ``--seeds 0 1 2``, one with ``--seeds 2 1 0``):
 
 * ``forced``: divergence of the decode path from 16 bits and whole chains right, everything older than the window at
   its final widths (``benchmarks/forced.py``).
@@ -18,6 +19,7 @@ its rows are measured at 2.5 and compared with uniform 2 in the *same* pool byte
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import sys
 from collections.abc import Sequence
@@ -114,15 +116,23 @@ class Bench:
     result: dict[str, Any]
 
     def measured(self, key: dict[str, Any]) -> bool:
+        self.read()
         return any(all(row.get(k) == v for k, v in key.items()) for row in self.result["rows"])
 
     def add(self, row: dict[str, Any]) -> None:
-        self.result["rows"].append(row)
-        self.save()
+        out = self.options.out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.read()
+            self.result["rows"].append(row | {"commit": versions()["commit"]})
+            write(self.result, out)
         print(json.dumps({k: v for k, v in row.items() if k != "pool"}), flush=True)
 
-    def save(self) -> None:
-        write(self.result, self.options.out)
+    def read(self) -> None:
+        """Rows that are in the file, from this run, an earlier one or one beside it."""
+        if self.options.out.exists():
+            self.result["rows"] = json.loads(self.options.out.read_text())["rows"]
 
     def calibration(self, variant: Variant, seed: int) -> artifact.Calibration | None:
         """The calibration of a variant; None where there is nothing to calibrate. Made once, then read."""
@@ -194,7 +204,7 @@ class Bench:
                 c = self.calibration(variant, seed)
                 path = self.path(variant, seed)
                 if share is None:
-                    row = Row(variant.name, None, False)
+                    row = Row(variant.name, None, True, ("--pmkvq-final-bits", variant.final))
                 elif path is not None:
                     row = Row(variant.name, share, True, ("--pmkvq-calibration", str(path)))
                 else:
@@ -265,8 +275,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "window": WINDOW,
         "rows": [],
     }
-    if options.out.exists():
-        result["rows"] = json.loads(options.out.read_text())["rows"]
     bench = Bench(options, result)
     if "ranges" in options.parts:
         bench.ranges()
