@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.calibration_rows import FORCED, SERVED, Variant, table
 from benchmarks.forced import WINDOW, Widths, chains, compare
 from benchmarks.key_ranges import key_ranges
 from benchmarks.oracle import constants
@@ -40,72 +41,6 @@ from sglang_pmkvq.calib.run import Settings, calibrate
 RESULTS = Path(__file__).resolve().parent / "results"
 WORK = ROOT / "results" / "tmp" / "calibration"
 PARTS = ("forced", "served", "ranges")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to choose final widths and what is done to keys.
-
-    Attributes:
-        name: of the row.
-        target: mean final width that allocation gets; "" for a fixed width.
-        final: fixed final width, as ``--pmkvq-final-bits`` takes it.
-        transform: ``none``, ``scale`` or ``hadamard``.
-        clip: whether ranges of keys are clipped at 2 bits.
-        sensitivity: what allocation minimizes.
-    """
-
-    name: str
-    target: str = ""
-    final: str = ""
-    transform: str = "none"
-    clip: bool = False
-    sensitivity: str = "kl"
-
-
-def _four(target: str, uniform: str) -> tuple[Variant, ...]:
-    return (
-        Variant(f"uniform {uniform}", final=uniform),
-        Variant(f"allocation alone, {target}", target=target),
-        Variant(f"reparameterization alone, {uniform}", final=uniform, transform="scale"),
-        Variant(f"both, {target}", target=target, transform="scale"),
-    )
-
-
-def _clipped(target: str, uniform: str) -> tuple[Variant, ...]:
-    return (
-        Variant(f"reparameterization and clipping, {uniform}", final=uniform, transform="scale", clip=True),
-        Variant(f"both and clipping, {target}", target=target, transform="scale", clip=True),
-    )
-
-
-def _rotated(target: str, uniform: str) -> tuple[Variant, ...]:
-    return (
-        Variant(f"hadamard and clipping, {uniform}", final=uniform, transform="hadamard", clip=True),
-        Variant(f"both, hadamard and clipping, {target}", target=target, transform="hadamard", clip=True),
-    )
-
-
-SIXTEEN = Variant("16 bits", final="16")
-FORCED = (
-    SIXTEEN,
-    *_four("4", "4"),
-    Variant("K4 V2", final="k4v2"),
-    Variant("K2 V4", final="k2v4"),
-    Variant("both, 3", target="3", transform="scale"),
-    *_four("2.5", "2"),
-    *_clipped("2.5", "2"),
-    Variant("allocation by Taylor, 2.5", target="2.5", sensitivity="taylor"),
-    Variant("both by Taylor, 2.5", target="2.5", transform="scale", sensitivity="taylor"),
-    *_rotated("2.5", "2"),
-)
-# Per group of rows with the same pool: bytes as a share of what the running problems need at 16 bits. A full pool
-# of the widest row (4 or 2.5 bits, scales, zeros, the 16-bit reserve) just fits.
-SERVED: tuple[tuple[float | None, tuple[Variant, ...]], ...] = (
-    (None, (SIXTEEN,)),
-    (0.33, _four("4", "4")),
-    (0.22, (*_four("2.5", "2"), *_clipped("2.5", "2"), *_rotated("2.5", "2"))),
-)
 
 
 @dataclass
@@ -228,31 +163,6 @@ class Bench:
 
 def _plan(finals: Sequence[tuple[int, int]]) -> dict[str, str]:
     return {"final": " ".join(f"k{k}v{v}" for k, v in finals)}
-
-
-def table(result: dict[str, Any]) -> str:
-    """Forced and served rows as Markdown, seeds pooled."""
-    lines = []
-    for part in ("forced", "served"):
-        rows = [r for r in result["rows"] if r["part"] == part]
-        if not rows:
-            continue
-        lines.append(f"| {part} | problems | right | 95 % | KL, nats per step | bits avg / peak |")
-        lines.append("|---|---|---|---|---|---|")
-        for name in dict.fromkeys(r["row"] for r in rows):
-            own = [r for r in rows if r["row"] == name]
-            n, right = sum(r["problems"] for r in own), sum(r.get("chains_right", r.get("right", 0)) for r in own)
-            low, high = wilson(right, n)
-            steps = sum(r.get("steps", 0) for r in own)
-            kl = sum(r["kl_mean"] * r["steps"] for r in own) / steps if steps else None
-            pools = [r["pool"] for r in own if "pool" in r]
-            bits = " ".join(f"{p['effective_bits_avg']:.2f} / {p['effective_bits_peak']:.2f}" for p in pools)
-            lines.append(
-                f"| {name} | {n} | {right} ({100 * right / n:.1f} %) | {100 * low:.1f}-{100 * high:.1f} % "
-                f"| {'-' if kl is None else f'{kl:.2e}'} | {bits or '-'} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.calibration_rows import table as calibration_table
 from benchmarks.pressure import table as pressure_table
 from benchmarks.soak import slope
 from benchmarks.transform_rows import table as transforms_table
@@ -194,13 +195,6 @@ def _oracle(result: dict[str, Any]) -> str:
             )
             for c in result["cases"]
         ],
-    )
-
-
-def _calibration(result: dict[str, Any]) -> str:
-    return markdown(
-        ["part", "row", "seed", "problems"],
-        [(r["part"], r.get("row", "-"), r.get("seed", "-"), r.get("problems", "-")) for r in result["rows"]],
     )
 
 
@@ -406,8 +400,10 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
     (
         "calibration",
         "Calibration",
-        "What has run so far; figures and what they mean are in [calibration](calibration.md).",
-        _calibration,
+        "*served*: real servers, one pool size for uniform and what is compared with it; seeds pooled, differences "
+        "paired by problem, with 95 % bootstrap intervals. *forced*: along gold chains, everything older than the "
+        "window at its final widths. What it means, and the ranges of key channels: [calibration](calibration.md).",
+        calibration_table,
     ),
     (
         "transforms",
