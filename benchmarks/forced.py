@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.reasoner.evaluate import mixed_attention, prompt_tokens
+from benchmarks.reasoner.evaluate import prompt_tokens
 from benchmarks.reasoner.model import Llama
 from benchmarks.reasoner.task import Problem
 from sglang_pmkvq.formats import TIERS, K, V
@@ -25,6 +25,8 @@ from sglang_pmkvq.kernels.reference.codes import fake_quantize
 
 SINK = 16
 WINDOW = 128
+# Queries at a time; they read nothing that comes after them, and exact rows of a window only.
+BLOCK = 128
 
 
 class Reader(Protocol):
@@ -57,13 +59,11 @@ def logits(model: Llama, tokens: Tensor, widths: Reader, first: int, window: int
     """Logits fp32 [T − first, vocabulary] of tokens [T] of one sequence, from position ``first`` on."""
     length = len(tokens)
     cos, sin = model.cos[:length], model.sin[:length]
-    distance = torch.arange(length)[:, None] - torch.arange(length)[None]
-    exact = (distance < window) | (torch.arange(length)[None] < SINK)
     x = model.model.embed_tokens(tokens)[None]
     for index, layer in enumerate(model.model.layers):
         attn = layer.self_attn
         q, k, v = attn.project(layer.input_layernorm(x), cos, sin)
-        out = _attention(q[0], _bf16(k[0]), _bf16(v[0]), widths, index, distance, exact)
+        out = _attention(q[0], _bf16(k[0]), _bf16(v[0]), widths, index, window)
         x = x + attn.o_proj(out.transpose(0, 1).flatten(1))[None]
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     result: Tensor = model.lm_head(model.model.norm(x[0, first:]))
@@ -75,9 +75,30 @@ def _bf16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, widths: Reader, layer: int, distance: Tensor, exact: Tensor) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, widths: Reader, layer: int, window: int) -> Tensor:
+    """[H, T, D] of q [H, T, D], k and v [G, T, D]: all as read at final widths, then corrected where it is exact."""
+    (heads, length, dim), kv_heads = q.shape, k.shape[0]
+    q = q.view(kv_heads, -1, length, dim) / math.sqrt(dim)
     k_low, v_low = widths.read(layer, K, k), widths.read(layer, V, v)
-    return mixed_attention(q, k, v, k_low, v_low, ~exact, ~exact, distance < 0)
+    v_lost = v - v_low
+    out = torch.empty_like(q)
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        # Exact: the sinks, and in each row the last `window` tokens, which begin at `near`.
+        near = min(max(SINK, start - window + 1), end)
+        rows, recent = torch.arange(start, end)[:, None], torch.arange(near, end)
+        old = rows - recent >= window
+        own = q[:, :, start:end].flatten(1, 2)
+        scores = (own @ k_low[:, :end].mT).view(kv_heads, -1, end - start, end)
+        scores[..., :SINK] = (own @ k[:, : min(SINK, end)].mT).view_as(scores[..., :SINK])
+        exact = (own @ k[:, near:end].mT).view_as(scores[..., near:])
+        scores[..., near:] = torch.where(old, scores[..., near:], exact)
+        p = scores.masked_fill_(torch.arange(end) > rows, -math.inf).softmax(-1)
+        read = p.flatten(1, 2) @ v_low[:, :end]
+        read += p[..., :SINK].flatten(1, 2) @ v_lost[:, : min(SINK, end)]
+        read += (p[..., near:] * ~old).flatten(1, 2) @ v_lost[:, near:end]
+        out[:, :, start:end] = read.view_as(out[:, :, start:end])
+    return out.view(heads, length, dim)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import forced
 from benchmarks.forced import SINK, Chain, Widths, compare, logits
 from benchmarks.reasoner.model import Config, Llama
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
@@ -54,10 +55,15 @@ def stepwise(model: Llama, tokens: torch.Tensor, widths: Widths) -> torch.Tensor
     return torch.stack(out)
 
 
+# Blocks of all queries, of less than the sinks and the window, of more than the window, and a last one cut short.
+@pytest.mark.parametrize("block", [128, 7, 12])
 @pytest.mark.parametrize(
     "scaled,clipped,hadamard", [(False, False, False), (True, False, False), (True, True, False), (False, True, True)]
 )
-def test_one_pass_equals_steps(model: Llama, scaled: bool, clipped: bool, hadamard: bool) -> None:
+def test_one_pass_equals_steps(
+    model: Llama, scaled: bool, clipped: bool, hadamard: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forced, "BLOCK", block)
     gen = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 64, (LENGTH,), generator=gen)
     scale = torch.exp(torch.randn(2, 1, 128, generator=gen)) if scaled else None
