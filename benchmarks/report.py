@@ -265,10 +265,14 @@ KINDS: dict[str, Kind] = {
 
 
 def headline(result: Result) -> str:
-    """The README's rows of an accuracy file: every method, in the order of the file, and little about each."""
+    """The README's rows of an accuracy file: what had the smallest pool, and 16 bits, in the order of the file."""
     names = ["method", "pool MiB", "right answers", "95 %", "bits, mean"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for (name, pool, problems), rows in accuracy.groups(result).items():
+    groups = accuracy.groups(result)
+    smallest = min(pool for _, pool, _ in groups)
+    for (name, pool, problems), rows in groups.items():
+        if pool > smallest and name != "16bit":
+            continue
         low, high = accuracy.interval(rows)
         name = f"{name.partition('-')[0]}, calibrated at 2.5" if name.endswith(".safetensors") else name
         bits = sum(row["effective_bits_avg"] for row in rows) / len(rows)

@@ -25,6 +25,18 @@ def test_headline_of_the_readme_is_from_the_result_file() -> None:
     assert report.headline(json.loads((summary.RESULTS / "methods.json").read_text())) in readme
 
 
+def test_headline_is_of_the_smallest_pool() -> None:
+    result = json.loads((summary.RESULTS / "methods.json").read_text())
+    before = report.headline(result)
+    small = min(row["key"]["pool_bytes"] for row in result["rows"])
+    (row,) = (row for row in result["rows"] if row["key"]["method"] == "age-2" and row["key"]["pool_bytes"] == small)
+    wider = {**row, "key": {**row["key"], "pool_bytes": 2 * small}}
+    assert report.headline({**result, "rows": [*result["rows"], wider]}) == before
+    narrower = {**row, "key": {**row["key"], "pool_bytes": small // 2}}
+    lines = report.headline({**result, "rows": [*result["rows"], narrower]}).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["16bit", "age-2"]
+
+
 def test_every_result_file_is_on_a_page() -> None:
     named = {name for name, *_ in summary.SECTIONS}
     other = {path for path in summary.RESULTS.glob("*.json") if path.stem not in named}
