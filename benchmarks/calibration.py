@@ -3,8 +3,8 @@ and rotated keys in place of scaled ones.
 
     python -m benchmarks.calibration --problems 200 --seeds 0 1 2
 
-Parts, each row written as soon as it is measured. A second run goes on where the first stopped, or measures beside it
-(one with ``--seeds 0 1 2``, one with ``--seeds 2 1 0``):
+Parts, each row written as soon as it is measured. A second run goes on where the first stopped; started beside it, it
+takes the rows that the first is not at:
 
 * ``forced``: divergence of the decode path from 16 bits and whole chains right, everything older than the window at
   its final widths (``benchmarks/forced.py``).
@@ -20,23 +20,28 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.calibration_rows import FORCED, SERVED, Variant, table
-from benchmarks.forced import WINDOW, Widths, chains, compare
+from benchmarks.forced import WINDOW, Chain, Widths, chains, compare
 from benchmarks.key_ranges import key_ranges
 from benchmarks.oracle import constants
 from benchmarks.pressure import Row, problem_set, prompt_ids, run_row
 from benchmarks.reasoner.evaluate import load
+from benchmarks.reasoner.model import Llama
+from benchmarks.reasoner.task import Problem
 from benchmarks.result import versions, wilson, write
 from benchmarks.serving import REASONER, ROOT
 from sglang_pmkvq import artifact
 from sglang_pmkvq.calib.run import Settings, calibrate
+from sglang_pmkvq.config import parse_final_bits
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WORK = ROOT / "results" / "tmp" / "calibration"
@@ -56,9 +61,7 @@ class Bench:
 
     def add(self, row: dict[str, Any]) -> None:
         out = self.options.out
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(str(out.resolve()), wait=True):
             self.read()
             self.result["rows"].append(row | {"commit": versions()["commit"]})
             write(self.result, out)
@@ -69,13 +72,23 @@ class Bench:
         if self.options.out.exists():
             self.result["rows"] = json.loads(self.options.out.read_text())["rows"]
 
+    @contextmanager
+    def claim(self, key: dict[str, Any]) -> Iterator[bool]:
+        """Whether this run is to measure a row: it is not in the file, and no run beside this one is at it."""
+        with _locked(str(self.options.out.resolve()), key, wait=False) as mine:
+            yield mine and not self.measured(key)
+
     def calibration(self, variant: Variant, seed: int) -> artifact.Calibration | None:
         """The calibration of a variant; None where there is nothing to calibrate. Made once, then read."""
         path = self.path(variant, seed)
         if path is None:
             return None
-        if path.exists():
-            return artifact.load(path)
+        # One work folder per seed and transform: targets share what was measured.
+        work = WORK / f"{seed}-{variant.transform}{'-clip' if variant.clip else ''}"
+        with _locked(str(work), wait=True):
+            return artifact.load(path) if path.exists() else self.calibrate(variant, seed, path, work)
+
+    def calibrate(self, variant: Variant, seed: int, path: Path, work: Path) -> artifact.Calibration:
         o = self.options
         settings = Settings(
             model=str(REASONER),
@@ -89,8 +102,7 @@ class Bench:
             sensitivity=variant.sensitivity,
             seed=seed,
         )
-        # One work folder per seed and transform: targets share what was measured.
-        return calibrate(settings, path, WORK / f"{seed}-{variant.transform}{'-clip' if variant.clip else ''}")
+        return calibrate(settings, path, work)
 
     def path(self, variant: Variant, seed: int) -> Path | None:
         if not variant.target and variant.transform == "none":
@@ -110,22 +122,23 @@ class Bench:
         model, tokenizer = load(REASONER), AutoTokenizer.from_pretrained(REASONER)
         given = chains(model, tokenizer, problem_set(o.problems, *o.lines, first=seed * o.problems))
         for variant, key in zip(FORCED, keys, strict=True):
-            if self.measured(key):
-                continue
-            c = self.calibration(variant, seed)
-            layers = model.config.num_hidden_layers
-            if c is None:
-                from sglang_pmkvq.config import parse_final_bits
+            with self.claim(key) as mine:
+                if mine:
+                    self.add({**key, **self.force(variant, seed, model, given)})
 
-                widths = Widths(tuple(parse_final_bits(variant.final, layers)))
-            else:
-                scale, clip, hadamard = constants(c)
-                widths = Widths(c.finals, scale, c.group_size, clip, hadamard)
-            got = compare(model, given, widths)
-            right = got["chains_right"]
-            mean = sum(map(sum, widths.finals)) / (2 * layers)
-            interval = wilson(right, o.problems)
-            self.add({**key, **_plan(widths.finals), "mean_bits": mean, **got, "confidence95": interval})
+    def force(self, variant: Variant, seed: int, model: Llama, given: Sequence[Chain]) -> dict[str, Any]:
+        """One forced row."""
+        c = self.calibration(variant, seed)
+        layers = model.config.num_hidden_layers
+        if c is None:
+            widths = Widths(tuple(parse_final_bits(variant.final, layers)))
+        else:
+            scale, clip, hadamard = constants(c)
+            widths = Widths(c.finals, scale, c.group_size, clip, hadamard)
+        got = compare(model, given, widths)
+        mean = sum(map(sum, widths.finals)) / (2 * layers)
+        interval = wilson(got["chains_right"], len(given))
+        return {**_plan(widths.finals), "mean_bits": mean, **got, "confidence95": interval}
 
     def served(self, seed: int) -> None:
         o = self.options
@@ -134,19 +147,23 @@ class Bench:
         for share, variants in SERVED:
             for variant in variants:
                 key = self.key("served", variant, seed)
-                if self.measured(key):
-                    continue
-                c = self.calibration(variant, seed)
-                path = self.path(variant, seed)
-                if share is None:
-                    row = Row(variant.name, None, True, ("--pmkvq-final-bits", variant.final))
-                elif path is not None:
-                    row = Row(variant.name, share, True, ("--pmkvq-calibration", str(path)))
-                else:
-                    row = Row(variant.name, share, True, ("--pmkvq-final-bits", variant.final))
-                got = run_row(row, REASONER, problems, ids, o.concurrency, o.chunk)
-                got = {k: v for k, v in got.items() if k not in ("row", "problems", "output_ids")}
-                self.add({**key, "share": share, **(_plan(c.finals) if c else {"final": variant.final}), **got})
+                with self.claim(key) as mine:
+                    if mine:
+                        self.add({**key, **self.serve(variant, seed, share, problems, ids)})
+
+    def serve(
+        self, variant: Variant, seed: int, share: float | None, problems: Sequence[Problem], ids: Sequence[list[int]]
+    ) -> dict[str, Any]:
+        """One served row, in ``share`` of the 16-bit bytes of what runs at once; None: in all of them."""
+        o = self.options
+        c, path = self.calibration(variant, seed), self.path(variant, seed)
+        if path is None:
+            row = Row(variant.name, share, True, ("--pmkvq-final-bits", variant.final))
+        else:
+            row = Row(variant.name, share, True, ("--pmkvq-calibration", str(path)))
+        got = run_row(row, REASONER, problems, ids, o.concurrency, o.chunk)
+        got = {k: v for k, v in got.items() if k not in ("row", "problems", "output_ids")}
+        return {"share": share, **(_plan(c.finals) if c else {"final": variant.final}), **got}
 
     def key(self, part: str, variant: Variant, seed: int) -> dict[str, Any]:
         o = self.options
@@ -157,8 +174,23 @@ class Bench:
 
     def ranges(self) -> None:
         key = {"part": "ranges", "samples": self.options.samples}
-        if not self.measured(key):
-            self.add({**key, **key_ranges(REASONER, self.options.samples, self.options.out.with_suffix(".png"))})
+        with self.claim(key) as mine:
+            if mine:
+                self.add({**key, **key_ranges(REASONER, self.options.samples, self.options.out.with_suffix(".png"))})
+
+
+@contextmanager
+def _locked(*what: object, wait: bool) -> Iterator[bool]:
+    """Hold the lock of that name, or, where another run holds it and ``wait`` is false, say so."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    with open(WORK / f"{name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
 
 
 def _plan(finals: Sequence[tuple[int, int]]) -> dict[str, str]:

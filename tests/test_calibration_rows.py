@@ -82,3 +82,17 @@ def test_runs_beside_each_other_share_a_file(tmp_path: Path) -> None:
     a.add({"part": "ranges", "samples": 3})
     assert [r["samples"] for r in json.loads(out.read_text())["rows"]] == [1, 2, 3]
     assert all(r["commit"] for r in json.loads(out.read_text())["rows"])
+
+
+def test_a_row_is_measured_by_one_run_only(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    a, b = (Bench(argparse.Namespace(out=out), {"rows": []}) for _ in range(2))
+    one, two = {"part": "ranges", "samples": 1}, {"part": "ranges", "samples": 2}
+    with a.claim(one) as first:
+        with b.claim(one) as taken, b.claim(two) as free:
+            assert (first, taken, free) == (True, False, True)
+    with b.claim(one) as again:  # the other gave up without a row
+        assert again
+        b.add(one)
+    with a.claim(one) as done:
+        assert not done
