@@ -81,7 +81,7 @@ SERVED: tuple[tuple[float | None, tuple[Variant, ...]], ...] = (
 
 def table(result: dict[str, Any]) -> str:
     """Rows as Markdown, seeds pooled; differences are paired by problem, in points, with bootstrap intervals."""
-    parts = (_served(_rows(result, "served")), _forced(_rows(result, "forced")))
+    parts = (served(result), _forced(_rows(result, "forced")))
     return "\n".join(part for part in parts if part)
 
 
@@ -115,7 +115,9 @@ def _right(name: str, rows: Rows, count: str) -> list[str]:
     return [name, size, f"{right} ({100 * right / n:.1f} %)", f"{100 * low:.1f} to {100 * high:.1f}"]
 
 
-def _served(by: dict[str, Rows]) -> str:
+def served(result: dict[str, Any]) -> str:
+    """The rows of real servers; docs/calibration.md has them too."""
+    by = _rows(result, "served")
     names = ["served", "seeds x problems", "right", "95 %", "points against uniform", "against 16 bits"]
     lines = []
     for name, rows in by.items():

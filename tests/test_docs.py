@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, summary
+from benchmarks import calibration_rows, report, summary
 from tests.test_server_modes import MATRIX, SAMPLE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +23,12 @@ def test_headline_of_the_readme_is_from_the_result_file() -> None:
     readme = (ROOT / "README.md").read_text()
     assert summary.headline() in readme
     assert report.headline(json.loads((summary.RESULTS / "methods.json").read_text())) in readme
+
+
+def test_calibration_page_has_the_rows_of_the_result_file() -> None:
+    result = json.loads((summary.RESULTS / "calibration.json").read_text())
+    page = (ROOT / "docs" / "calibration.md").read_text()
+    assert calibration_rows.served(result) in page, "copy the table from docs/results.md"
 
 
 def test_headline_is_of_the_smallest_pool() -> None:
