@@ -37,7 +37,7 @@ from benchmarks.pressure import Row, problem_set, prompt_ids, run_row
 from benchmarks.reasoner.evaluate import load
 from benchmarks.reasoner.model import Llama
 from benchmarks.reasoner.task import Problem
-from benchmarks.result import versions, wilson, write
+from benchmarks.result import commit, versions, wilson, write
 from benchmarks.serving import REASONER, ROOT
 from sglang_pmkvq import artifact
 from sglang_pmkvq.calib.run import Settings, calibrate
@@ -63,7 +63,7 @@ class Bench:
         out = self.options.out
         with _locked(str(out.resolve()), wait=True):
             self.read()
-            self.result["rows"].append(row | {"commit": versions()["commit"]})
+            self.result["rows"].append(row | {"commit": commit()})
             write(self.result, out)
         print(json.dumps({k: v for k, v in row.items() if k != "pool"}), flush=True)
 

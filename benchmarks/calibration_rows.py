@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.accuracy import bootstrap
-from benchmarks.result import wilson
+from benchmarks.result import markdown, wilson
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def served(result: dict[str, Any]) -> str:
         pools = [r["pool_bytes"] / 2**20 for r in rows]
         bits = sum(r["pool"]["effective_bits_avg"] for r in rows) / len(rows)
         lines.append([*cells, f"{min(pools):.1f} to {max(pools):.1f}", f"{bits:.2f}"])
-    return _markdown([*names, "pool MiB", "bits, mean"], lines)
+    return _table([*names, "pool MiB", "bits, mean"], lines)
 
 
 def _forced(by: dict[str, Rows]) -> str:
@@ -139,10 +139,8 @@ def _forced(by: dict[str, Rows]) -> str:
         chains = sum(r["chains"] for r in rows)
         error = math.sqrt(sum((r["kl_mean_standard_error"] * r["chains"] / chains) ** 2 for r in rows))
         lines.append([*_right(name, rows, "chains_right"), f"{kl:.2e} ± {error:.1e}"])
-    return _markdown(["forced", "seeds x chains", "whole chains right", "95 %", "KL ± s.e., nats per step"], lines)
+    return _table(["forced", "seeds x chains", "whole chains right", "95 %", "KL ± s.e., nats per step"], lines)
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    if not lines:
-        return ""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines)) + "\n"
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return markdown(head, lines) + "\n" if lines else ""

@@ -62,6 +62,12 @@ def commit() -> str:
     return git("rev-parse", "HEAD") + ("+" if changed else "")
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % confidence interval of a proportion (Wilson score); (0, 1) for no trials."""
     if not n:

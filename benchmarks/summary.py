@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.calibration_rows import table as calibration_table
 from benchmarks.pressure import table as pressure_table
+from benchmarks.result import markdown
 from benchmarks.soak import slope
 from benchmarks.transform_rows import table as transforms_table
 
@@ -26,11 +27,6 @@ names the command that made its file. Everything here ran on the CPU with the bu
 (3.3 M parameters, see [its page](../benchmarks/reasoner/README.md)): it shows what the cache does to answers and
 to memory, not how fast a GPU serves.
 """
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
 def _pressure(result: dict[str, Any]) -> str:
@@ -402,7 +398,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "Calibration",
         "*served*: real servers, one pool size for uniform and what is compared with it; seeds pooled, differences "
         "paired by problem, with 95 % bootstrap intervals. *forced*: along gold chains, everything older than the "
-        "window at its final widths. What it means, and the ranges of key channels: [calibration](calibration.md).",
+        "window at its final widths, made with `--parts forced`. What it means, and the ranges of key channels: "
+        "[calibration](calibration.md).",
         calibration_table,
     ),
     (

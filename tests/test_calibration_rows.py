@@ -6,8 +6,16 @@ import argparse
 import json
 from pathlib import Path
 
+import pytest
+
+from benchmarks import calibration
 from benchmarks.calibration import Bench
 from benchmarks.calibration_rows import FORCED, SERVED, against, outcomes, table
+
+
+@pytest.fixture(autouse=True)
+def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "WORK", tmp_path / "work")
 
 
 def served(row: str, seed: int, wrong: list[int], share: float | None = 0.22, problems: int = 40) -> dict:
