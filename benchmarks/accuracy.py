@@ -222,7 +222,7 @@ def table(result: dict[str, Any], baseline: str | None = None) -> str:
             return float(np.mean([row[what] for row in rows]))
 
         cells = [
-            name,
+            methods.label(name),
             f"{pool / 2**20:.1f}",
             f"{100 * value:.1f} % of {problems}" + (f" × {len(rows)}" if len(rows) > 1 else ""),
             f"{100 * low:.1f} to {100 * high:.1f}",
@@ -239,7 +239,8 @@ def table(result: dict[str, Any], baseline: str | None = None) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     for row in result["rows"]:
         if "missing" in row:
-            lines.append(f"| {row['key']['method']} | missing: {row['missing']} " + "| " * (len(names) - 2) + "|")
+            name = methods.label(row["key"]["method"])
+            lines.append(f"| {name} | missing: {row['missing']} " + "| " * (len(names) - 2) + "|")
     return "\n".join(lines)
 
 

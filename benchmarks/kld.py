@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import logit_record, methods
-from benchmarks.methods import Method, held_bytes, model_facts
+from benchmarks.methods import Method, held_bytes, label, model_facts
 from benchmarks.result import Results, write
 from benchmarks.serving import Server, ServerFailed, generate_many, serve
 from benchmarks.tasks import builtin
@@ -364,7 +364,7 @@ def table(result: dict[str, Any]) -> str:
 
 def _name(row: dict[str, Any]) -> list[str]:
     pool = row["key"]["pool_bytes"]
-    return [row["key"]["method"], "-" if pool is None else f"{pool / 2**20:.1f}"]
+    return [label(row["key"]["method"]), "-" if pool is None else f"{pool / 2**20:.1f}"]
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> list[str]:

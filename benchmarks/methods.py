@@ -7,7 +7,8 @@ Names:
 * ``age-FINAL``, ``uniform-FINAL``, ``static-FINAL``: our pool under that policy. FINAL is what ``--pmkvq-final-bits``
   takes (``2``, ``k4v2``, ``0-2:8,3-5:k4v2``) or a calibration file. ``static`` protects sinks and window hard, as
   KIVI-like systems do; with widths per layer it is the KVTuner-like mix.
-* ``-hard`` or ``-soft`` at the end chooses the protection; ``-nowindow`` leaves sinks and window unprotected.
+* ``-hard`` or ``-soft`` at the end chooses the protection; ``-nowindow`` leaves sinks and window unprotected;
+  ``-hadamard`` rotates keys (``--pmkvq-key-transform hadamard``).
 """
 
 from __future__ import annotations
@@ -63,17 +64,17 @@ class Method:
                 f"final bits or a calibration file"
             )
         protect = "hard" if policy == "static" else "soft"
-        window: tuple[str, ...] = ()
-        while True:
-            rest, dash, end = rest.rpartition("-") if rest.endswith(("-hard", "-soft", "-nowindow")) else (rest, "", "")
-            if not dash:
-                break
+        more: tuple[str, ...] = ()
+        while rest.endswith(("-hard", "-soft", "-nowindow", "-hadamard")):
+            rest, _, end = rest.rpartition("-")
             if end == "nowindow":
-                window = ("--pmkvq-window", "0", "--pmkvq-sink-tokens", "0")
+                more += ("--pmkvq-window", "0", "--pmkvq-sink-tokens", "0")
+            elif end == "hadamard":
+                more += ("--pmkvq-key-transform", "hadamard")
             else:
                 protect = end
         flag = "--pmkvq-calibration" if rest.endswith(".safetensors") else "--pmkvq-final-bits"
-        return Method(name, True, args=("--pmkvq-policy", policy, "--pmkvq-protect", protect, flag, rest, *window))
+        return Method(name, True, args=("--pmkvq-policy", policy, "--pmkvq-protect", protect, flag, rest, *more))
 
     def server_args(self, model: Path, pool_bytes: int | None, running: int, chunk: int | None = None) -> list[str]:
         """Flags of a server that runs this method.
@@ -111,6 +112,14 @@ def bytes_per_token(model: Path) -> int:
 def held_bytes(model: Path, lengths: Iterable[int]) -> int:
     """16-bit KV bytes of sequences of so many tokens, in whole pages."""
     return sum(math.ceil(n / PAGE) * PAGE for n in lengths) * bytes_per_token(model)
+
+
+def label(name: str) -> str:
+    """A method's name for tables and pictures: a calibration file without its folder and ending."""
+    if not name.endswith(".safetensors"):
+        return name
+    policy, _, path = name.partition("-")
+    return f"{policy}-{Path(path).name.removesuffix('.safetensors').removesuffix('.pmkvq')}"
 
 
 def names(text: str) -> list[str]:

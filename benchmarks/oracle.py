@@ -31,6 +31,7 @@ from benchmarks.pressure import problem_set, prompt_ids
 from benchmarks.result import versions, write
 from benchmarks.serving import REASONER, Server, serve
 from sglang_pmkvq import artifact
+from sglang_pmkvq.calibration import normal_key_clips
 from sglang_pmkvq.config import Protection, choose_geometry, limits_for, page_shape, parse_final_bits, parse_size
 from sglang_pmkvq.formats import K, PoolGeometry, V, groups_from_finals
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
@@ -54,7 +55,8 @@ def constants(c: artifact.Calibration) -> Constants:
 
 @dataclass(frozen=True)
 class Case:
-    """One server configuration: final widths, policy, window, pool bytes; or what a calibration says."""
+    """One server configuration: final widths, policy, window, pool bytes, whether keys are rotated; or what a
+    calibration says."""
 
     name: str
     final: str
@@ -62,11 +64,13 @@ class Case:
     window: int
     pool: str
     calibration: str = ""
+    hadamard: bool = False
 
     def args(self) -> list[str]:
-        widths = ["--pmkvq-calibration", self.calibration] if self.calibration else ["--pmkvq-final-bits", self.final]
+        keys = ["--pmkvq-calibration", self.calibration] if self.calibration else ["--pmkvq-final-bits", self.final]
+        keys += ["--pmkvq-key-transform", "hadamard"] if self.hadamard else []
         return [
-            *widths, "--pmkvq-policy", self.policy, "--pmkvq-window", str(self.window),
+            *keys, "--pmkvq-policy", self.policy, "--pmkvq-window", str(self.window),
             "--pmkvq-sink-tokens", "0", "--pmkvq-pool-bytes", self.pool, "--page-size", str(PAGE),
             "--max-running-requests", str(RUNNING), "--chunked-prefill-size", str(CHUNK), "--disable-radix-cache",
         ]  # fmt: skip
@@ -80,9 +84,17 @@ class Case:
         limits = limits_for(RUNNING, CHUNK, PAGE, Protection(self.window, 0, False))
         return choose_geometry(shape, groups, parse_size(self.pool), limits)
 
-    def constants(self) -> Constants:
-        """``constants`` of the file, if there is one."""
-        return constants(self._file()) if self.calibration else (None, None, False)
+    def constants(self, geometry: PoolGeometry) -> Constants:
+        """``constants`` of the file, or what rotated keys have without one."""
+        if self.calibration:
+            return constants(self._file())
+        if not self.hadamard:
+            return None, None, False
+        clip = torch.ones(sum(len(g.layers) for g in geometry.groups), geometry.shape.num_kv_heads)
+        for group, share in zip(geometry.groups, normal_key_clips(geometry.groups, geometry.shape), strict=True):
+            if share is not None:
+                clip[list(group.layers)] = share
+        return None, clip, True
 
     def _file(self) -> artifact.Calibration:
         return artifact.load(self.calibration)
@@ -101,6 +113,7 @@ CASES = (
     Case("progressive 4, window 64", "4", "age", 64, "1400KiB"),
     Case("progressive 2, window 64", "2", "age", 64, "960KiB"),
     Case("progressive k4v2, window 64", "k4v2", "age", 64, "1180KiB"),
+    Case("static 4, keys of one layer 2, rotated", "0-4:4,5:k2v4", "static", 0, "512MiB", hadamard=True),
 )
 
 
@@ -127,8 +140,12 @@ def schedule(case: Case, geometry: PoolGeometry, forwards: Sequence[tuple[int, i
     return steps
 
 
-def replay(model: Any, case: Case, prompt: Sequence[int], output: Sequence[int]) -> tuple[np.ndarray, float]:
+def replay(
+    model: Any, case: Case, prompt: Sequence[int], output: Sequence[int], transforms: Constants | None = None
+) -> tuple[np.ndarray, float]:
     """Log-probability of each output token by the transformers model under the case's schedule.
+
+    ``transforms``: what is done to keys instead of what the case says.
 
     Returns:
         float64 [len(output)], and the mean width over pages, sides and layers at the last forward.
@@ -143,7 +160,7 @@ def replay(model: Any, case: Case, prompt: Sequence[int], output: Sequence[int])
     cache = DynamicCache(config=model.config)
     exact: list[list[torch.Tensor]] = [[], []]
     held = np.zeros((len(geometry.groups), 0), np.int8)
-    transforms = case.constants()
+    transforms = transforms or case.constants(geometry)
     logprobs = []
     for (start, end), now in zip(forwards, steps, strict=True):
         known = np.zeros_like(now)

@@ -27,7 +27,7 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
-from benchmarks.methods import Method, arguments, config, extra_args, methods
+from benchmarks.methods import Method, arguments, config, extra_args, label, methods
 from benchmarks.pressure import prompt_ids
 from benchmarks.reasoner.task import EVAL_SEED_START, Problem, check, make_problem, render
 from benchmarks.result import Results, wilson
@@ -204,7 +204,7 @@ def table(result: dict[str, Any]) -> str:
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
         if "missing" not in row:
-            by_method.setdefault(row["key"]["method"], []).append(row)
+            by_method.setdefault(label(row["key"]["method"]), []).append(row)
 
     def center(rows: Sequence[dict[str, Any]], key: str, form: str = ".0f") -> str:
         values = [row[key] for row in rows if row[key] is not None]
@@ -225,7 +225,7 @@ def table(result: dict[str, Any]) -> str:
             f"| {center(rows, 'ttft_hit_p50_ms')}, {center(rows, 'ttft_miss_p50_ms')} | {right(rows, 'all')} "
             f"| {right(rows, 'cold')} | {min(lowest) if lowest else '-'}, {center(rows, 'cold_mean_bits', '.1f')} |"
         )
-    lost = [f"Missing: {row['key']['method']}: {row['missing']}" for row in result["rows"] if "missing" in row]
+    lost = [f"Missing: {label(row['key']['method'])}: {row['missing']}" for row in result["rows"] if "missing" in row]
     return "\n".join([*lines, *(["", *lost] if lost else [])])
 
 

@@ -13,6 +13,7 @@ import argparse
 import base64
 import html
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import accuracy, kld, offline, prefix, serve
+from benchmarks.methods import label
 from benchmarks.programs import __main__ as programs
 
 if TYPE_CHECKING:
@@ -131,12 +133,12 @@ def _frontier(stem: str, result: Result, others: dict[str, Result]) -> list[Pict
         return []
     points += _offline(others["offline"]) if "offline" in others else []
     figure, (left, right) = new_figure(9.5, 4.4, 2, sharey=True)
-    for index, label in enumerate(dict.fromkeys(p.family for p in points)):
-        own = [p for p in points if p.family == label]
+    for index, name in enumerate(dict.fromkeys(p.family for p in points)):
+        own = [p for p in points if p.family == name]
         y = [p.accuracy for p in own]
         spread = [[p.accuracy - p.interval[0] for p in own], [p.interval[1] - p.accuracy for p in own]]
         for axis, x in ((left, [p.peak_bits for p in own]), (right, [p.mean_bits for p in own])):
-            axis.errorbar(x, y, spread, linestyle="none", elinewidth=1, capsize=2, label=label, **style(index))
+            axis.errorbar(x, y, spread, linestyle="none", elinewidth=1, capsize=2, label=name, **style(index))
     for axis, what in ((left, "peak bytes, as bits (16 = the 16-bit cache's peak)"), (right, "effective bits, mean")):
         axis.set_xscale("log", base=2)
         axis.set_xlim(1.8, 18)
@@ -155,13 +157,13 @@ def _divergence(stem: str, result: Result, others: dict[str, Result]) -> list[Pi
     rows = [row for row in result["rows"] if "missing" not in row]
     pools = {row["key"]["pool_bytes"] for row in rows if row["key"]["pool_bytes"]}
     for index, row in enumerate(rows):
-        name, pool = row["key"]["method"], row["key"]["pool_bytes"]
-        label = f"{name}, {pool / 2**20:.0f} MiB" if pool and len(pools) > 1 else name
-        label = "16 bits again (control)" if name == "16bit" else label
+        name, pool = label(row["key"]["method"]), row["key"]["pool_bytes"]
+        text = f"{name}, {pool / 2**20:.0f} MiB" if pool and len(pools) > 1 else name
+        text = "16 bits again (control)" if name == "16bit" else text
         x = [(point["context_from"] + point["context_to"]) / 2 for point in row["curve"]]
         # Zero cannot stand on a logarithmic axis; it is drawn at the bottom.
         y = [max(point["kl_mean"], 1e-10) for point in row["curve"]]
-        axis.plot(x, y, linewidth=1.6, markersize=5, label=label, **style(index))
+        axis.plot(x, y, linewidth=1.6, markersize=5, label=text, **style(index))
     axis.set_yscale("log")
     axis.set_xlabel("context (tokens)")
     axis.set_ylabel("mean KL divergence from 16 bits (nats)")
@@ -183,7 +185,7 @@ def _throughput(stem: str, result: Result, others: dict[str, Result]) -> list[Pi
             own = sorted(
                 (e["concurrency"], e["output_tok_s"]) for e in entries if (e["profile"], e["method"]) == (profile, name)
             )
-            axis.plot(*zip(*own, strict=True), linewidth=1.6, markersize=5, label=name, **style(index))
+            axis.plot(*zip(*own, strict=True), linewidth=1.6, markersize=5, label=label(name), **style(index))
         axis.set_xscale("log", base=2)
         ticks = sorted({e["concurrency"] for e in entries})
         axis.set_xticks(ticks, labels=list(map(str, ticks)))
@@ -203,13 +205,29 @@ def _hits(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]
     for index, name in enumerate(dict.fromkeys(row["key"]["method"] for row in rows)):
         parts = [row["hit_rate_by_part"] for row in rows if row["key"]["method"] == name]
         y = [100 * sum(part) / len(part) for part in zip(*parts, strict=True)]
-        axis.plot(range(1, len(y) + 1), y, linewidth=1.6, markersize=5, label=name, **style(index))
+        axis.plot(range(1, len(y) + 1), y, linewidth=1.6, markersize=5, label=label(name), **style(index))
         axis.set_xticks(range(1, len(y) + 1))
     axis.set_ylim(0, 100)
     axis.set_xlabel("part of the trace")
     axis.set_ylabel("prompt tokens found in the cache (%)")
     axis.legend(frameon=False, fontsize=9)
     return [(f"{stem}_hits", "What the prefix cache keeps", figure)]
+
+
+def _by_pool(result: Result) -> str:
+    """A table per pool size, smallest first, each against its own static method of one width; 16 bits in the first."""
+    rows = result["rows"]
+    sizes = sorted({row["key"]["pool_bytes"] for row in rows if row["key"]["method"] != "16bit"}) or [None]
+    tables = []
+    for size in sizes:
+        own = [
+            row
+            for row in rows
+            if (size == sizes[0] if row["key"]["method"] == "16bit" else row["key"]["pool_bytes"] == size)
+        ]
+        static = [row["key"]["method"] for row in own if re.fullmatch("static-[842]", row["key"]["method"])]
+        tables.append(accuracy.table({"rows": own}, static[0] if static else None))
+    return "\n\n".join(tables)
 
 
 def _none(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]:
@@ -223,7 +241,7 @@ KINDS: dict[str, Kind] = {
         "all it needs. *Peak* and *mean* are bytes of mapped pages; ours count finished answers that the prefix cache "
         "still holds, stock's (from its log) do not. *At the end* is the mean width of a request's KV when its answer "
         "was complete. Speed is measured by `serve`.",
-        lambda result: accuracy.table(result, _baseline(result)),
+        _by_pool,
         _frontier,
     ),
     "offline": Kind(
@@ -274,7 +292,7 @@ def headline(result: Result) -> str:
         if pool > smallest and name != "16bit":
             continue
         low, high = accuracy.interval(rows)
-        name = f"{name.partition('-')[0]}, calibrated at 2.5" if name.endswith(".safetensors") else name
+        name = family(name) if name.endswith(".safetensors") else name
         bits = sum(row["effective_bits_avg"] for row in rows) / len(rows)
         right = f"{sum(row['right'] for row in rows)}/{problems * len(rows)}"
         lines.append(
@@ -283,11 +301,6 @@ def headline(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _baseline(result: Result) -> str | None:
-    """The static method of the table, if there is one."""
-    names = [row["key"]["method"] for row in result["rows"]]
-    static = [name for name in names if name.startswith("static-")]
-    return static[0] if static else None
 
 
 def result_section(path: Path, result: Result, others: dict[str, Result]) -> Section:

@@ -42,7 +42,17 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from benchmarks.methods import PAGE, Method, arguments, bytes_per_token, config, extra_args, methods, model_facts
+from benchmarks.methods import (
+    PAGE,
+    Method,
+    arguments,
+    bytes_per_token,
+    config,
+    extra_args,
+    label,
+    methods,
+    model_facts,
+)
 from benchmarks.result import Results
 from benchmarks.serving import Server, ServerFailed, scheduler_pid, serve
 from sglang_pmkvq.config import parse_size
@@ -527,19 +537,19 @@ def table(result: dict[str, Any]) -> str:
     for e in rows:
         cell = f"| {e['profile']} | {e['concurrency']} "
         fast.append(
-            f"{cell}| {'too few' if e['saturated'] else 'enough'} | {e['method']} | {e['output_tok_s']:.0f} "
+            f"{cell}| {'too few' if e['saturated'] else 'enough'} | {label(e['method'])} | {e['output_tok_s']:.0f} "
             f"| {ratio(e['tok_s_ratio'])} | {e['tpot_p50_ms']:.2f} | {ratio(e['tpot_ratio'])} "
             f"| {number(e.get('running_mean'), '.1f')}, {e['running_peak']:.0f} | {e['retractions']:.0f} |"
         )
         read = e.get("kv_read_bytes_per_step")
         more.append(
-            f"{cell}| {e['method']} | {e['ttft_p50_ms']:.0f}, {e['ttft_p99_ms']:.0f} "
+            f"{cell}| {label(e['method'])} | {e['ttft_p50_ms']:.0f}, {e['ttft_p99_ms']:.0f} "
             f"| {e['itl_p50_ms']:.1f}, {e['itl_p99_ms']:.1f} | {e['logical_tokens']:,.0f} | {e['shrinks']:,.0f} "
             f"| {e['shrink_s']:.2f} | {100 * e['shrink_s'] / e['duration_s']:.1f} % "
             f"| {number(None if read is None else read / 2**20, '.2f')} "
             f"| {1e3 * e['scheduler_cpu_s'] / e['output_tokens']:.2f} |"
         )
-    lost = [f"Missing: {row['key']['method']}: {row['missing']}" for row in result["rows"] if "missing" in row]
+    lost = [f"Missing: {label(row['key']['method'])}: {row['missing']}" for row in result["rows"] if "missing" in row]
     return "\n".join([*fast, "", *more, *(["", *lost] if lost else [])])
 
 

@@ -1,4 +1,5 @@
-"""``--pmkvq-calibration``: a calibration file against the other flags, the model, and this rank's heads."""
+"""What is done to keys: by ``--pmkvq-calibration``, checked against the other flags, the model and this rank's heads,
+or by ``--pmkvq-key-transform`` without one."""
 
 from __future__ import annotations
 
@@ -9,9 +10,13 @@ import torch
 
 from sglang_pmkvq import artifact
 from sglang_pmkvq.config import PmkvqConfigError, parse_final_bits
-from sglang_pmkvq.formats import LayerGroup
+from sglang_pmkvq.formats import LayerGroup, PageShape
 
 DEFAULT_FINAL_BITS = "4"
+
+# Clip factors of least squared error for 2-bit codes of G normal variates, by G. Rotated channels are sums of all
+# channels and nearly normal; factors calibrated on real keys are close to these.
+NORMAL_CLIPS = {32: 0.76, 64: 0.63, 128: 0.60}
 
 
 def load_for(args: Any) -> artifact.Calibration | None:
@@ -31,6 +36,11 @@ def load_for(args: Any) -> artifact.Calibration | None:
         raise PmkvqConfigError(
             f"{flag} was made for groups of {calibration.group_size} channels, --pmkvq-group-size "
             f"{args.pmkvq_group_size} asks for others; leave --pmkvq-group-size out"
+        )
+    if args.pmkvq_key_transform not in (None, calibration.transform):
+        raise PmkvqConfigError(
+            f"{flag} was made for key transform {calibration.transform}, --pmkvq-key-transform "
+            f"{args.pmkvq_key_transform} asks for another; leave --pmkvq-key-transform out"
         )
     if args.pmkvq_final_bits is not None:
         asked = parse_final_bits(args.pmkvq_final_bits, calibration.num_layers)
@@ -102,3 +112,11 @@ def group_key_clips(
         clip = None if group.k_final != 2 else calibration.key_clip(group.layers, heads)
         out.append(None if clip is None else torch.from_numpy(clip))
     return tuple(out)
+
+
+def normal_key_clips(groups: tuple[LayerGroup, ...], shape: PageShape) -> tuple[torch.Tensor | None, ...]:
+    """Per layer group clip factors fp32 [L, H] of rotated keys without a calibration, or None where keys stay wider."""
+    clip = NORMAL_CLIPS[shape.group_size]
+    return tuple(
+        torch.full((len(group.layers), shape.num_kv_heads), clip) if group.k_final == 2 else None for group in groups
+    )

@@ -23,6 +23,7 @@ from sglang_pmkvq.timeline import why_not_writable
 POLICIES = ("age", "uniform", "static")
 PROTECTIONS = ("soft", "hard")
 ACTIVE_BITS = (16, 8, 4, 2)
+KEY_TRANSFORMS = (None, "none", "hadamard")
 DEFAULT_WINDOW = 128
 DEFAULT_SINK_TOKENS = 1
 
@@ -122,9 +123,11 @@ def check_flags(args: Any) -> None:
         ("policy", args.pmkvq_policy, POLICIES),
         ("protect", args.pmkvq_protect, PROTECTIONS),
         ("min-active-bits", args.pmkvq_min_active_bits, ACTIVE_BITS),
+        ("key-transform", args.pmkvq_key_transform, KEY_TRANSFORMS),
     ):
         if value not in allowed:
-            raise PmkvqConfigError(f"--pmkvq-{flag} {value}: expected one of {', '.join(map(str, allowed))}")
+            expected = ", ".join(str(choice) for choice in allowed if choice is not None)
+            raise PmkvqConfigError(f"--pmkvq-{flag} {value}: expected one of {expected}")
     if args.pmkvq_timeline is not None:
         problem = why_not_writable(args.pmkvq_timeline)
         if problem:

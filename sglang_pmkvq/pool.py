@@ -72,6 +72,12 @@ class PoolSetup:
         return self.geometry.groups
 
     @property
+    def key_transform(self) -> str:
+        """What is done to keys before they are quantized: ``none``, ``scale`` or ``hadamard``."""
+        scaled = any(scale is not None for scale in self.key_scales or ())
+        return "hadamard" if self.hadamard else "scale" if scaled else "none"
+
+    @property
     def tokens(self) -> int:
         return self.geometry.num_pages * self.geometry.shape.page_size
 
@@ -95,6 +101,7 @@ class PoolSetup:
             "max_running_requests": self.limits.running,
             "chunked_prefill_size": self.limits.chunk,
             "hard_pages": self.limits.hard_pages,
+            "key_transform": self.key_transform,
             "calibration": self.calibration,
         }
 
@@ -288,7 +295,7 @@ class MixedPrecisionTokenPool(KVCache):
     def _calibration_part(self) -> str:
         c = self.setup.calibration
         if c is None:
-            return ""
+            return ", key transform hadamard" if self.setup.hadamard else ""
         return f", calibrated for {c['model']}: mean final width {c['mean_bits']:.2f}, transform {c['transform']}"
 
 

@@ -81,6 +81,15 @@ class PmkvqServerArgs(ServerArgs):
     pmkvq_group_size: A[
         int | None, Arg(help="Channels per scale and zero: 32, 64 or 128. Default min(head_dim, 128).")
     ] = None
+    pmkvq_key_transform: A[
+        Literal["none", "hadamard"] | None,
+        Arg(
+            help="What is done to keys before they are quantized, without a calibration: hadamard rotates them, and "
+            "2-bit keys span the middle share of their range that suits a normal distribution. Default: what "
+            "--pmkvq-calibration says, else none.",
+            choices=["none", "hadamard"],
+        ),
+    ] = None
     pmkvq_min_active_bits: A[
         int,
         Arg(

@@ -11,7 +11,14 @@ import torch
 from sglang.srt.layers.dp_attention import get_attention_tp_rank, get_attention_tp_size
 from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator, MemoryPoolConfig
 
-from sglang_pmkvq.calibration import group_key_clips, group_key_scales, layer_finals, load_for, rank_heads
+from sglang_pmkvq.calibration import (
+    group_key_clips,
+    group_key_scales,
+    layer_finals,
+    load_for,
+    normal_key_clips,
+    rank_heads,
+)
 from sglang_pmkvq.config import (
     PmkvqConfigError,
     Protection,
@@ -59,7 +66,9 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
         self._calibration = None if calibration is None else calibration.summary()
         self._key_scales: tuple[torch.Tensor | None, ...] | None = None
         self._key_clips: tuple[torch.Tensor | None, ...] | None = None
-        self._hadamard = calibration is not None and calibration.hadamard
+        self._hadamard = (args.pmkvq_key_transform if calibration is None else calibration.transform) == "hadamard"
+        if calibration is None and self._hadamard:
+            self._key_clips = normal_key_clips(self._groups, self._shape)
         if calibration is not None:
             heads = rank_heads(calibration.num_kv_heads, get_attention_tp_size(), get_attention_tp_rank())
             self._key_scales = group_key_scales(calibration, self._groups, heads)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import accuracy, report, tasks
-from benchmarks.methods import bytes_per_token, extra_args, methods
+from benchmarks.methods import bytes_per_token, extra_args, label, methods
 from benchmarks.result import Results, wilson
 from benchmarks.serving import REASONER, ROOT, ServerFailed
 from sglang_pmkvq import cli
@@ -126,6 +126,8 @@ def test_methods() -> None:
     token = bytes_per_token(REASONER)
     assert f"--max-total-tokens {(1 << 20) // token}" in by["stock"]
     assert f"--max-total-tokens {(2 << 20) // token}" in by["stock-fp8"]
+    assert [label(m.name) for m in found] == [m.name for m in found[:-1]] + ["age-m"]
+    assert label("static-some/where/reasoner-2.5.pmkvq.safetensors") == "static-reasoner-2.5"
     for bad in ("int4", "age", "age-", ""):
         with pytest.raises(ValueError, match="method"):
             methods(bad)
@@ -178,6 +180,19 @@ def test_table_pools_samples_and_compares_the_same_problems() -> None:
     assert 0.35 < low < 0.45
     assert 0.55 < high < 0.65
     assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_page_has_a_table_per_pool_each_against_its_own_static_width() -> None:
+    big, small = 4 << 20, 1 << 20
+    rows = [row("age-4", [], pool=big), row("16bit", [], pool=9 << 20), row("static-4", [0], pool=big)]
+    rows += [row("static-c.safetensors", [2], pool=small), row("static-2", [0, 1], pool=small)]
+    first, second = (part.splitlines() for part in report.KINDS["accuracy"].table({"rows": rows}).split("\n\n"))
+    assert [line.split("|")[1].strip() for line in first[2:]] == ["16bit", "static-c", "static-2"]
+    assert "points against static-2 |" in first[0]
+    assert "+10.0 (" in first[3]
+    assert [line.split("|")[1].strip() for line in second[2:]] == ["age-4", "static-4"]
+    assert "points against static-4 |" in second[0]
+    assert "+10.0 (" in second[2]
 
 
 @pytest.mark.parametrize(

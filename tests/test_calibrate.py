@@ -18,10 +18,21 @@ from sglang_pmkvq.calib import run as calib_run
 from sglang_pmkvq.calib import sensitivity
 from sglang_pmkvq.calib.run import Settings, calibrate
 from sglang_pmkvq.calib.show import table
-from sglang_pmkvq.calibration import group_key_clips, group_key_scales, layer_finals, load_for, rank_heads
+from sglang_pmkvq.calibration import (
+    NORMAL_CLIPS,
+    group_key_clips,
+    group_key_scales,
+    layer_finals,
+    load_for,
+    normal_key_clips,
+    rank_heads,
+)
 from sglang_pmkvq.cli import main
-from sglang_pmkvq.config import PmkvqConfigError
-from sglang_pmkvq.formats import groups_from_finals
+from sglang_pmkvq.config import Limits, PmkvqConfigError
+from sglang_pmkvq.formats import GROUP_SIZES, PageShape, geometry_for_pages, groups_from_finals
+from sglang_pmkvq.kernels.reference.codes import fake_quantize
+from sglang_pmkvq.ledger import PolicyConfig
+from sglang_pmkvq.pool import MixedPrecisionTokenPool, PoolSetup
 from tests.support.models import make_model
 
 
@@ -273,6 +284,36 @@ def test_refused_beside_other_flags(calibration: tuple[Path, Path]) -> None:
         arguments(*calibration, pmkvq_final_bits="16")
     with pytest.raises(PmkvqConfigError, match="--pmkvq-group-size 32 asks for others"):
         arguments(*calibration, pmkvq_group_size=32)
+    with pytest.raises(PmkvqConfigError, match="transform scale, --pmkvq-key-transform hadamard asks for another"):
+        arguments(*calibration, pmkvq_key_transform="hadamard")
+
+
+@pytest.mark.parametrize("channels", GROUP_SIZES)
+def test_clip_factors_of_normal_variates(channels: int) -> None:
+    """Of all hundredths those of least squared error; the error is flat there, so one more is allowed for chance."""
+    x = torch.randn(20_000, channels, generator=torch.Generator().manual_seed(channels))
+    shares = [i / 100 for i in range(40, 101)]
+    errors = [(fake_quantize(x, 2, channels, None, torch.tensor(c)) - x).square().mean().item() for c in shares]
+    assert abs(shares[int(np.argmin(errors))] - NORMAL_CLIPS[channels]) < 0.015
+
+
+def test_rotation_without_a_calibration() -> None:
+    """2-bit keys are clipped, wider ones are not; the summary says what is done."""
+    groups = groups_from_finals([(2, 2), (4, 2), (16, 16), (2, 2)])
+    shape = PageShape(16, 4, 64, 32)
+    clips = normal_key_clips(groups, shape)
+    assert [None if c is None else c.unique().tolist() for c in clips] == [
+        [pytest.approx(NORMAL_CLIPS[32])] if g.k_final == 2 else None for g in groups
+    ]
+    assert clips[0] is not None and clips[0].shape == (2, 4)
+    geometry = geometry_for_pages(shape, groups, 8, 2)
+    limits = Limits(1, 16, 2)
+    setup = PoolSetup(geometry, PolicyConfig(), limits, geometry.total_bytes, 64, key_clips=clips, hadamard=True)
+    pool = MixedPrecisionTokenPool(setup, 128, 16, torch.bfloat16, 4, 64, 4, "cpu", False)
+    assert [s.rotation is None for s in pool.storages] == [g.k_final == 16 for g in groups]
+    assert setup.summary()["key_transform"] == "hadamard" and "key transform hadamard" in pool.log_line()
+    plain = dataclasses.replace(setup, key_clips=None, hadamard=False)
+    assert plain.summary()["key_transform"] == "none"
 
 
 def test_refused_before_memory_is_taken(calibration: tuple[Path, Path], tmp_path: Path) -> None:
@@ -319,11 +360,6 @@ def test_clip_factors_of_groups_and_ranks(calibration: tuple[Path, Path]) -> Non
 
 def test_pool_holds_the_scales_of_its_groups(calibration: tuple[Path, Path]) -> None:
     """What start-up hands to the pool ends in the storage that codes are made and read with."""
-    from sglang_pmkvq.config import Limits
-    from sglang_pmkvq.formats import PageShape, geometry_for_pages
-    from sglang_pmkvq.ledger import PolicyConfig
-    from sglang_pmkvq.pool import MixedPrecisionTokenPool, PoolSetup
-
     c = artifact.load(calibration[1])
     geometry = geometry_for_pages(PageShape(16, 4, 64, 64), c.groups, 8, 2)
     scales = group_key_scales(c, c.groups, slice(0, 4))

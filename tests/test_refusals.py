@@ -139,6 +139,7 @@ LONELY = {
     "pmkvq_protect": "hard",
     "pmkvq_group_size": 32,
     "pmkvq_min_active_bits": 2,
+    "pmkvq_key_transform": "hadamard",
     "pmkvq_timeline": "timeline.jsonl",
     "pmkvq_allow_untested_sglang": True,
 }
@@ -170,6 +171,7 @@ def test_our_flag_without_kv_quant(name: str) -> None:
         ("pmkvq_protect", "yes"),
         ("pmkvq_group_size", 48),
         ("pmkvq_min_active_bits", 3),
+        ("pmkvq_key_transform", "scale"),
     ],
 )
 def test_bad_value(name: str, value: object) -> None:

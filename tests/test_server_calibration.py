@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.equality import answers
-from benchmarks.oracle import Case, load, replay, serve_case
+from benchmarks.oracle import CASES, Case, load, replay, serve_case
 from benchmarks.pressure import problem_set, prompt_ids
 from benchmarks.reasoner.task import check
 from benchmarks.serving import REASONER, STRICT, generate_many, serve
@@ -81,6 +81,33 @@ def test_bundled_model_is_calibrated_and_answers(transform: str, tmp_path: Path)
     assert as_served.mean() < 1e-5
     assert as_served.mean() < untransformed.mean() / 1.5
     assert as_served.mean() < unclipped.mean() / 1.5
+
+
+@pytest.mark.full
+def test_keys_are_rotated_and_clipped_without_a_calibration() -> None:
+    """Log-probabilities that only the rotation and the clip factors explain."""
+    case = next(c for c in CASES if c.hadamard)
+    problems = problem_set(3, 30, 36, first=400)
+    ids, _ = prompt_ids(REASONER, problems)
+    with serve(REASONER, case.args()) as server:
+        assert server.pool()["key_transform"] == "hadamard"
+        assert "key transform hadamard" in server.log()
+        served = serve_case(server, ids, max(p.chain_tokens for p in problems) + 16)
+        assert not server.errors()
+    model = load(REASONER)
+    transforms = case.constants(case.geometry(model))
+    as_served, plain, unclipped = (
+        np.concatenate(
+            [
+                np.abs(replay(model, case, prompt, output, how)[0] - np.array(logprobs))
+                for prompt, (output, logprobs) in zip(ids, served, strict=True)
+            ]
+        ).mean()
+        for how in (transforms, (None, None, False), (None, None, True))
+    )
+    assert as_served < 1e-5
+    assert as_served < plain / 1.5
+    assert as_served < unclipped / 1.5
 
 
 FACTS: dict[str, dict[str, Any]] = {"qwen2": {"heads": 8, "kv_heads": 1}, "qwen3": {"heads": 4, "kv_heads": 4}}

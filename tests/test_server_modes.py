@@ -122,10 +122,12 @@ def test_architectures_equal_stock_then_shrink(
     prompts = [p[:n] for p, n in zip(random_prompts(7, 6, 320, 512), (1, 15, 16, 17, 100, 320), strict=True)]
     extra = ["--skip-tokenizer-init", "--context-length", "4096", "--dtype", "auto"]
     common = ["--disable-radix-cache", "--chunked-prefill-size", "2048", "--max-running-requests", "8", *extra]
-    pages = ["--page-size", str(page_size)]
+    # Keys are rotated at one page size; 16-bit pages hold plain keys all the same.
+    transform, finals = ("hadamard", "2") if page_size == 32 else ("none", "k4v2")
+    pages = ["--page-size", str(page_size), "--pmkvq-key-transform", transform]
     tiny = [
         *pages, *extra, "--max-running-requests", "6", "--chunked-prefill-size", "64",
-        "--pmkvq-pool-bytes", str(1000 * bytes_per_token(model)), "--pmkvq-final-bits", "k4v2",
+        "--pmkvq-pool-bytes", str(1000 * bytes_per_token(model)), "--pmkvq-final-bits", finals,
     ]  # fmt: skip
     with ExitStack() as stack:
         big, stock, small = start_together(
@@ -136,6 +138,7 @@ def test_architectures_equal_stock_then_shrink(
         )
         assert answers(big, prompts, 48, 1) == answers(stock, prompts, 48, 1)
         assert not big.pool()["shrinks"]
+        assert big.pool()["key_transform"] == transform
         bodies = [
             {"input_ids": p, "sampling_params": {"temperature": 0, "max_new_tokens": 120, "ignore_eos": True}}
             for p in random_prompts(8, 12, 200, 512)

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks.methods import Method, arguments, bytes_per_token, config, extra_args, methods
+from benchmarks.methods import Method, arguments, bytes_per_token, config, extra_args, label, methods
 from benchmarks.programs import best_of_n, problems, self_consistency, tree_of_thought, tutor
 from benchmarks.programs.problems import Problem
 from benchmarks.programs.runs import Client, Program, figures
@@ -90,14 +90,14 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         key = row["key"]
         if "missing" in row:
-            lines.append(f"| {key['program']} | {key['method']} | missing: {row['missing']} |" + " |" * 8)
+            lines.append(f"| {key['program']} | {label(key['method'])} | missing: {row['missing']} |" + " |" * 8)
             continue
         low, high = row["confidence95"]
         chains = f"{row['chains_right']}/{row['chains']}" if row["chains"] else "-"
         mean = row["prefix_mean_bits"]
         bits = f"{row['prefix_lowest_bits']} / {mean:.1f}" if mean is not None else "-"
         lines.append(
-            f"| {key['program']} | {key['method']} | {row['right']}/{row['answers']} "
+            f"| {key['program']} | {label(key['method'])} | {row['right']}/{row['answers']} "
             f"| {100 * low:.0f}-{100 * high:.0f} % | {chains} "
             f"| {row['prefix_apart_bytes'] / 1024:.0f} / {row['prefix_once_bytes'] / 1024:.0f} "
             f"| {100 * row['prefix_kept']:.0f} % | {bits} "
