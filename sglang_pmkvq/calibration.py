@@ -18,6 +18,11 @@ DEFAULT_FINAL_BITS = "4"
 # channels and nearly normal; factors calibrated on real keys are close to these.
 NORMAL_CLIPS = {32: 0.76, 64: 0.63, 128: 0.60}
 
+PLAIN_TWO_BIT_KEYS = (
+    "keys may end at 2 bits as they are, which costs answers; rotate them with --pmkvq-key-transform hadamard, end "
+    "them at 4 bits with --pmkvq-final-bits k4v2, or calibrate (--pmkvq-key-transform none silences this)"
+)
+
 
 def load_for(args: Any) -> artifact.Calibration | None:
     """The calibration that ``args`` name, checked against the flags; None if they name none.
@@ -120,3 +125,9 @@ def normal_key_clips(groups: tuple[LayerGroup, ...], shape: PageShape) -> tuple[
     return tuple(
         torch.full((len(group.layers), shape.num_kv_heads), clip) if group.k_final == 2 else None for group in groups
     )
+
+
+def plain_two_bit_keys(args: Any, groups: tuple[LayerGroup, ...]) -> bool:
+    """Whether keys may end at 2 bits with nothing done to them, and nobody asked for that."""
+    asked = args.pmkvq_calibration is not None or args.pmkvq_key_transform is not None
+    return not asked and any(group.k_final == 2 for group in groups)

@@ -12,11 +12,13 @@ from sglang.srt.layers.dp_attention import get_attention_tp_rank, get_attention_
 from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator, MemoryPoolConfig
 
 from sglang_pmkvq.calibration import (
+    PLAIN_TWO_BIT_KEYS,
     group_key_clips,
     group_key_scales,
     layer_finals,
     load_for,
     normal_key_clips,
+    plain_two_bit_keys,
     rank_heads,
 )
 from sglang_pmkvq.config import (
@@ -69,6 +71,8 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
         self._hadamard = (args.pmkvq_key_transform if calibration is None else calibration.transform) == "hadamard"
         if calibration is None and self._hadamard:
             self._key_clips = normal_key_clips(self._groups, self._shape)
+        if plain_two_bit_keys(args, self._groups):
+            logger.warning("pmkvq: %s", PLAIN_TWO_BIT_KEYS)
         if calibration is not None:
             heads = rank_heads(calibration.num_kv_heads, get_attention_tp_size(), get_attention_tp_rank())
             self._key_scales = group_key_scales(calibration, self._groups, heads)

@@ -25,6 +25,7 @@ from sglang_pmkvq.calibration import (
     layer_finals,
     load_for,
     normal_key_clips,
+    plain_two_bit_keys,
     rank_heads,
 )
 from sglang_pmkvq.cli import main
@@ -295,6 +296,23 @@ def test_clip_factors_of_normal_variates(channels: int) -> None:
     shares = [i / 100 for i in range(40, 101)]
     errors = [(fake_quantize(x, 2, channels, None, torch.tensor(c)) - x).square().mean().item() for c in shares]
     assert abs(shares[int(np.argmin(errors))] - NORMAL_CLIPS[channels]) < 0.015
+
+
+@pytest.mark.parametrize(
+    ("calibration", "transform", "finals", "advised"),
+    [
+        (None, None, [(4, 4), (2, 4)], True),
+        (None, None, [(4, 2), (4, 4)], False),
+        (None, "none", [(2, 2)], False),
+        (None, "hadamard", [(2, 2)], False),
+        ("file", None, [(2, 2)], False),
+    ],
+)
+def test_plain_two_bit_keys_are_advised_against(
+    calibration: str | None, transform: str | None, finals: list[tuple[int, int]], advised: bool
+) -> None:
+    args = SimpleNamespace(pmkvq_calibration=calibration, pmkvq_key_transform=transform)
+    assert plain_two_bit_keys(args, groups_from_finals(finals)) is advised
 
 
 def test_rotation_without_a_calibration() -> None:
