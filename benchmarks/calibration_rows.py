@@ -81,7 +81,7 @@ SERVED: tuple[tuple[float | None, tuple[Variant, ...]], ...] = (
 
 def table(result: dict[str, Any]) -> str:
     """Rows as Markdown, seeds pooled; differences are paired by problem, in points, with bootstrap intervals."""
-    parts = (served(result), _forced(_rows(result, "forced")))
+    parts = (served(result), forced(result))
     return "\n".join(part for part in parts if part)
 
 
@@ -131,9 +131,10 @@ def served(result: dict[str, Any]) -> str:
     return _table([*names, "pool MiB", "bits, mean"], lines)
 
 
-def _forced(by: dict[str, Rows]) -> str:
+def forced(result: dict[str, Any]) -> str:
+    """The rows along gold chains; docs/calibration.md has them too."""
     lines = []
-    for name, rows in by.items():
+    for name, rows in _rows(result, "forced").items():
         kl = sum(r["kl_mean"] * r["steps"] for r in rows) / sum(r["steps"] for r in rows)
         # Chains are the independent units; the seeds' errors add in squares.
         chains = sum(r["chains"] for r in rows)

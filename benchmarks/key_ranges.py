@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.report import PALETTE
 from sglang_pmkvq.calib.corpus import Sample, load_task
 from sglang_pmkvq.calib.model import CalibrationModel
 from sglang_pmkvq.calib.reparam import observe_ranges, range_state
@@ -88,14 +89,15 @@ def _draw(kinds: dict[str, torch.Tensor], truth: torch.Tensor, errors: dict[str,
     worst = int(errors["short"].abs().mean(1).argmax())
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(2, 1))
     channels = np.arange(truth.shape[-1])
-    left.plot(channels, truth[worst, 0], "k", label=f"long ({LONG_TOKENS} tokens)")
-    for name, color in (("short", "C3"), ("keys interpolated", "C0")):
+    left.plot(channels, truth[worst, 0], PALETTE[0], label=f"long ({LONG_TOKENS} tokens)")
+    for name, color in (("short", PALETTE[2]), ("keys interpolated", PALETTE[1])):
         left.plot(channels, kinds[name][worst, 0], color, lw=1, label=name)
     left.set_xlabel(f"channel after RoPE, layer {worst} (pairs are i and i + {truth.shape[-1] // 2})")
     left.set_ylabel("max |K|")
     left.legend()
     for place, (name, e) in enumerate(errors.items()):
-        right.bar(np.arange(len(e)) + 0.16 * place - 0.32, e.abs().mean(1), 0.16, label=name)
+        where = np.arange(len(e)) + 0.16 * place - 0.32
+        right.bar(where, e.abs().mean(1), 0.16, label=name, color=PALETTE[(2, 1, 3, 4, 0)[place]])
     right.set_xlabel("layer")
     right.set_ylabel("mean relative error of max |K|")
     right.set_ylim(0, 1.6 * max(float(e.abs().mean(1).max()) for e in errors.values()))

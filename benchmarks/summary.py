@@ -398,7 +398,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "Calibration",
         "*served*: real servers, one pool size for uniform and what is compared with it; seeds pooled, differences "
         "paired by problem, with 95 % bootstrap intervals. *forced*: along gold chains, everything older than the "
-        "window at its final widths, made with `--parts forced`. What it means, and the ranges of key channels: "
+        "window at its final widths. What it means, and the ranges of key channels: "
         "[calibration](calibration.md).",
         calibration_table,
     ),
