@@ -79,11 +79,18 @@ def style(index: int) -> dict[str, Any]:
     return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
 
 
+# How the marker of a series is filled, by what stands behind the comma of its name.
+FILLS = {"calibrated": "none", "rotated": "bottom"}
+
+
 def family(method: str) -> str:
     """Methods that differ in width only are one series: ``age-2`` and ``age-4`` are ``age``."""
+    policy = method.partition("-")[0]
     if method.endswith(".safetensors"):
-        return f"{method.partition('-')[0]}, calibrated"
-    return method if method in ("16bit", "stock", "stock-fp8") else method.partition("-")[0]
+        return f"{policy}, calibrated"
+    if method.endswith("-hadamard"):
+        return f"{policy}, rotated"
+    return method if method in ("16bit", "stock", "stock-fp8") else policy
 
 
 @dataclass(frozen=True)
@@ -133,12 +140,16 @@ def _frontier(stem: str, result: Result, others: dict[str, Result]) -> list[Pict
         return []
     points += _offline(others["offline"]) if "offline" in others else []
     figure, (left, right) = new_figure(9.5, 4.4, 2, sharey=True)
-    for index, name in enumerate(dict.fromkeys(p.family for p in points)):
+    names = sorted(dict.fromkeys(p.family for p in points))
+    kinds = list(dict.fromkeys(name.partition(", ")[0] for name in names))
+    for name in names:
+        kind, _, variant = name.partition(", ")
+        look = {**style(kinds.index(kind)), "fillstyle": FILLS.get(variant, "full"), "markersize": 7}
         own = [p for p in points if p.family == name]
         y = [p.accuracy for p in own]
         spread = [[p.accuracy - p.interval[0] for p in own], [p.interval[1] - p.accuracy for p in own]]
         for axis, x in ((left, [p.peak_bits for p in own]), (right, [p.mean_bits for p in own])):
-            axis.errorbar(x, y, spread, linestyle="none", elinewidth=1, capsize=2, label=name, **style(index))
+            axis.errorbar(x, y, spread, linestyle="none", elinewidth=1, capsize=2, label=name, **look)
     for axis, what in ((left, "peak bytes, as bits (16 = the 16-bit cache's peak)"), (right, "effective bits, mean")):
         axis.set_xscale("log", base=2)
         axis.set_xlim(1.8, 18)

@@ -111,22 +111,28 @@ def test_bad_files_name_the_line(line: str, message: str, tmp_path: Path) -> Non
 
 
 def test_methods() -> None:
-    names = "16bit,stock,stock-fp8,age-2,static-0-2:8,3-5:k4v2,uniform-4-hard,static-2-nowindow,age-m.safetensors"
+    names = "16bit,stock,stock-fp8,age-2,static-0-2:8,3-5:k4v2,uniform-4-hard,static-2-nowindow-hadamard"
+    names += ",age-m.safetensors"
     found = methods(names)
     assert [m.name for m in found] == [
-        "16bit", "stock", "stock-fp8", "age-2", "static-0-2:8,3-5:k4v2", "uniform-4-hard", "static-2-nowindow",
+        "16bit", "stock", "stock-fp8", "age-2", "static-0-2:8,3-5:k4v2", "uniform-4-hard",
+        "static-2-nowindow-hadamard",
         "age-m.safetensors",
     ]  # fmt: skip
     by = {m.name: " ".join(m.server_args(REASONER, 1 << 20, 4)) for m in found}
     assert "--pmkvq-final-bits 0-2:8,3-5:k4v2" in by["static-0-2:8,3-5:k4v2"]
     assert "--pmkvq-protect hard" in by["static-0-2:8,3-5:k4v2"]
     assert "--pmkvq-protect hard" in by["uniform-4-hard"]
-    assert "--pmkvq-window 0" in by["static-2-nowindow"]
+    assert "--pmkvq-window 0" in by["static-2-nowindow-hadamard"]
+    assert "--pmkvq-key-transform hadamard" in by["static-2-nowindow-hadamard"]
+    assert "--pmkvq-key-transform" not in by["age-2"]
     assert "--pmkvq-calibration m.safetensors" in by["age-m.safetensors"]
     token = bytes_per_token(REASONER)
     assert f"--max-total-tokens {(1 << 20) // token}" in by["stock"]
     assert f"--max-total-tokens {(2 << 20) // token}" in by["stock-fp8"]
     assert [label(m.name) for m in found] == [m.name for m in found[:-1]] + ["age-m"]
+    families = [report.family(name) for name in ("age-4-hadamard", "static-x.safetensors", "uniform-k4v2", "stock-fp8")]
+    assert families == ["age, rotated", "static, calibrated", "uniform", "stock-fp8"]
     assert label("static-some/where/reasoner-2.5.pmkvq.safetensors") == "static-reasoner-2.5"
     for bad in ("int4", "age", "age-", ""):
         with pytest.raises(ValueError, match="method"):
