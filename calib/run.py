@@ -56,7 +56,7 @@ class Settings:
     widths: tuple[int, ...] = (2, 4, 8)
     group_size: int | None = None
     max_groups: int = 4
-    transform: str = "scale"
+    transform: str = "hadamard"
     clip: bool = True
     sensitivity: str = "kl"
     kl_samples: int = 8

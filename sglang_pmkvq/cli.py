@@ -107,8 +107,8 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--max-groups", type=int, default=4, help="bound on layer groups, default %(default)s")
     parser.add_argument(
         "--transform",
-        default="scale",
-        help="of keys before they are quantized: scale (of each channel), hadamard (rotated) or none; "
+        default="hadamard",
+        help="of keys before they are quantized: hadamard (rotated), scale (of each channel, as in the paper) or none; "
         "default %(default)s",
     )
     parser.add_argument(

@@ -28,7 +28,7 @@ from sglang_pmkvq.calibration import (
     plain_two_bit_keys,
     rank_heads,
 )
-from sglang_pmkvq.cli import main
+from sglang_pmkvq.cli import build_parser, main
 from sglang_pmkvq.config import Limits, PmkvqConfigError
 from sglang_pmkvq.formats import GROUP_SIZES, PageShape, geometry_for_pages, groups_from_finals
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
@@ -44,7 +44,10 @@ def token_file(path: Path, rows: int = 6, length: int = 40) -> Path:
 
 
 def settings(model: Path, data: Path, **changes: Any) -> Settings:
-    base = Settings(str(model), str(data), "3", samples=4, seq_len=32, effective="128", kl_samples=2, max_groups=3)
+    base = Settings(
+        str(model), str(data), "3", samples=4, seq_len=32, effective="128", kl_samples=2, max_groups=3,
+        transform="scale",
+    )  # fmt: skip
     return dataclasses.replace(base, **changes)
 
 
@@ -403,6 +406,14 @@ def test_pool_holds_the_scales_of_its_groups(calibration: tuple[Path, Path]) -> 
     setup = dataclasses.replace(setup, key_scales=None, hadamard=True)
     rotated = MixedPrecisionTokenPool(setup, 128, 16, torch.bfloat16, 4, 64, c.num_layers, "cpu", False)
     assert all((s.rotation is None) == (s.group.k_final == 16) for s in rotated.storages)
+
+
+def test_the_command_and_settings_have_the_same_defaults() -> None:
+    args = vars(build_parser().parse_args(["calibrate", "--model", "m", "--data", "d", "--out", "o"]))
+    said = {**args, "target": args["target_bits"], "effective": str(4 * args["seq_len"])}
+    said["widths"] = tuple(map(int, args["widths"].split(",")))
+    assert args["effective_len"] is None
+    assert Settings("m", "d") == Settings(**{f.name: said[f.name] for f in dataclasses.fields(Settings)})
 
 
 def test_tokenizer_is_optional(small: tuple[Path, Path]) -> None:

@@ -32,7 +32,7 @@ def test_calibration_page_has_the_rows_of_the_result_file() -> None:
         assert rows in page, "copy the table from docs/results.md"
     both, uniform, sixteen = (
         sum(r["right"] for r in result["rows"] if r["part"] == "served" and r["row"] == name)
-        for name in ("both, 2.5", "uniform 2", "16 bits")
+        for name in ("both, hadamard and clipping, 2.5", "uniform 2", "16 bits")
     )
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"{both} of 600 problems right, uniform 2 {uniform}, and 16 bits with all memory {sixteen}" in readme

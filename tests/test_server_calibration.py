@@ -119,7 +119,10 @@ def calibrated(architecture: str, folder: Path) -> tuple[Path, Path]:
     rng = np.random.default_rng(0)
     rows = (json.dumps({"input_ids": rng.integers(2, 512, 64).tolist()}) for _ in range(4))
     (folder / "d.jsonl").write_text("\n".join(rows))
-    settings = Settings(str(model), str(folder / "d.jsonl"), "3", samples=4, seq_len=64, effective="256", kl_samples=2)
+    settings = Settings(
+        str(model), str(folder / "d.jsonl"), "3", samples=4, seq_len=64, effective="256", kl_samples=2,
+        transform="scale",
+    )  # fmt: skip
     assert len(calibrate(settings, folder / "c", quiet=True).groups) > 1
     return model, folder / "c"
 
