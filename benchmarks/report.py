@@ -79,6 +79,8 @@ def style(index: int) -> dict[str, Any]:
     return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
 
 
+# A point of a divergence curve says little where fewer positions are behind it.
+LEAST_POSITIONS = 100
 # How the marker of a series is filled, by what stands behind the comma of its name.
 FILLS = {"calibrated": "none", "rotated": "bottom"}
 
@@ -171,14 +173,15 @@ def _divergence(stem: str, result: Result, others: dict[str, Result]) -> list[Pi
         name, pool = label(row["key"]["method"]), row["key"]["pool_bytes"]
         text = f"{name}, {pool / 2**20:.0f} MiB" if pool and len(pools) > 1 else name
         text = "16 bits again (control)" if name == "16bit" else text
-        x = [(point["context_from"] + point["context_to"]) / 2 for point in row["curve"]]
+        curve = [point for point in row["curve"] if point["positions"] >= LEAST_POSITIONS] or row["curve"]
+        x = [(point["context_from"] + point["context_to"]) / 2 for point in curve]
         # Zero cannot stand on a logarithmic axis; it is drawn at the bottom.
-        y = [max(point["kl_mean"], 1e-10) for point in row["curve"]]
+        y = [max(point["kl_mean"], 1e-10) for point in curve]
         axis.plot(x, y, linewidth=1.6, markersize=5, label=text, **style(index))
     axis.set_yscale("log")
     axis.set_xlabel("context (tokens)")
     axis.set_ylabel("mean KL divergence from 16 bits (nats)")
-    axis.legend(frameon=False, fontsize=9, ncols=2)
+    figure.legend(frameon=False, fontsize=9, ncols=4, loc="outside upper left")
     return [(f"{stem}_length", "Divergence from 16 bits over context length", figure)]
 
 
@@ -266,7 +269,8 @@ KINDS: dict[str, Kind] = {
     ),
     "kld": Kind(
         "Divergence from 16 bits over context length",
-        "KL(16 bits ‖ method) in nats on identical tokens, each fed through the decode path of a real server.",
+        "KL(16 bits ‖ method) in nats on identical tokens, each fed through the decode path of a real server. "
+        f"The picture leaves out ranges of context with fewer than {LEAST_POSITIONS} positions.",
         kld.table,
         _divergence,
     ),

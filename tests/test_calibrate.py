@@ -294,9 +294,9 @@ def test_refused_beside_other_flags(calibration: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("channels", GROUP_SIZES)
 def test_clip_factors_of_normal_variates(channels: int) -> None:
-    """Of all hundredths those of least squared error; the error is flat there, so one more is allowed for chance."""
-    x = torch.randn(20_000, channels, generator=torch.Generator().manual_seed(channels))
-    shares = [i / 100 for i in range(40, 101)]
+    """Of the hundredths those of least squared error; the error is flat there, so one more is allowed for chance."""
+    x = torch.randn(4000, channels, generator=torch.Generator().manual_seed(channels))
+    shares = [i / 100 for i in range(50, 91)]
     errors = [(fake_quantize(x, 2, channels, None, torch.tensor(c)) - x).square().mean().item() for c in shares]
     assert abs(shares[int(np.argmin(errors))] - NORMAL_CLIPS[channels]) < 0.015
 
