@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import accuracy, kld, offline, prefix, serve
 from benchmarks.methods import label
 from benchmarks.programs import __main__ as programs
+from benchmarks.result import markdown as table_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -297,25 +298,23 @@ KINDS: dict[str, Kind] = {
 }
 
 
+# Methods in the README, in its order.
+HEADLINE = ("16bit", "stock", "age-k4v2", "age-2-hadamard", "age-2", "static-2")
+
+
 def headline(result: Result) -> str:
-    """The README's rows of an accuracy file: what had the smallest pool, and 16 bits, in the order of the file."""
-    names = ["method", "pool MiB", "right answers", "95 %", "bits, mean"]
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    """The README's rows of an accuracy file: methods of ``HEADLINE`` that had the smallest pool, and 16 bits."""
     groups = accuracy.groups(result)
     smallest = min(pool for _, pool, _ in groups)
-    for (name, pool, problems), rows in groups.items():
-        if pool > smallest and name != "16bit":
-            continue
+    shown = [key for key in groups if key[0] in HEADLINE and (key[1] == smallest or key[0] == "16bit")]
+    lines = []
+    for name, pool, problems in sorted(shown, key=lambda key: HEADLINE.index(key[0])):
+        rows = groups[name, pool, problems]
         low, high = accuracy.interval(rows)
-        name = family(name) if name.endswith(".safetensors") else name
         bits = sum(row["effective_bits_avg"] for row in rows) / len(rows)
         right = f"{sum(row['right'] for row in rows)}/{problems * len(rows)}"
-        lines.append(
-            f"| {name} | {pool / 2**20:.0f} | {right} | {100 * low:.0f} to {100 * high:.0f} % | {bits:.1f} |"
-        )
-    return "\n".join(lines)
-
-
+        lines.append([name, f"{pool / 2**20:.0f}", right, f"{100 * low:.0f} to {100 * high:.0f} %", f"{bits:.1f}"])
+    return table_of(["method", "pool MiB", "right answers", "95 %", "bits, mean"], lines)
 
 
 def result_section(path: Path, result: Result, others: dict[str, Result]) -> Section:
