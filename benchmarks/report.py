@@ -139,7 +139,7 @@ def _offline(result: Result) -> list[Point]:
 def _frontier(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]:
     """Accuracy over bits: of the bytes at their peak, and of the mean over the run."""
     points = _served(result)
-    if not points:
+    if len({point.family for point in points}) < 3:  # no frontier
         return []
     points += _offline(others["offline"]) if "offline" in others else []
     figure, (left, right) = new_figure(9.5, 4.4, 2, sharey=True)
@@ -326,7 +326,9 @@ def result_section(path: Path, result: Result, others: dict[str, Result]) -> Sec
     about = [f"`{command}`" for command in commands]
     about.append(f"({path.name}; {versions}; commit {commits})")
     text = "\n\n".join([kind.text, "  \n".join(about), kind.table(result)])
-    return Section(kind.title, text, kind.pictures(path.stem, result, others))
+    flags = result["config"].get("server_args")
+    title = f"{kind.title}, with {flags}" if flags else kind.title
+    return Section(title, text, kind.pictures(path.stem, result, others))
 
 
 def timeline_section(path: Path) -> Section:

@@ -261,12 +261,15 @@ def test_report_of_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     book = Results(results / "accuracy.json", "accuracy", {"seed": 0}, ["--share", "0.2"])
     for r in rows:
         book.add(r.pop("key"), **r)
+    book = Results(results / "accuracy_fp16.json", "accuracy", {"seed": 0, "server_args": "--dtype float16"}, [])
+    book.add((r := row("16bit", [])).pop("key"), **r)
     written = report.write_report(results, page)
     assert {p.name for p in written} == {"report.md", "report.html", "accuracy_frontier.png"}
     text, document = (page / "report.md").read_text(), (page / "report.html").read_text()
     assert "`pmkvq bench accuracy --share 0.2`" in text
     assert "| age-2 | 1.0 | 90.0 % of 10 |" in text
     assert "+20.0 (" in text
+    assert "## Accuracy at equal bytes, with --dtype float16\n" in text
     assert "has not been run" in text or len(report.KINDS) == 1
     assert document.count('<img src="data:image/png;base64,') == 1
     assert "<td>90.0 % of 10</td>" in document
