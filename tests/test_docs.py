@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import calibration_rows, report, summary
+from benchmarks import calibration_rows, report, serve, summary
 from tests.test_server_modes import MATRIX, SAMPLE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +23,16 @@ def test_headline_of_the_readme_is_from_the_result_file() -> None:
     readme = (ROOT / "README.md").read_text()
     assert summary.headline() in readme
     assert report.headline(json.loads((summary.RESULTS / "methods.json").read_text())) in readme
+
+
+def test_throughput_in_the_readme_is_from_the_result_file() -> None:
+    entries = serve.summary(json.loads((summary.RESULTS / "serve.json").read_text()))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for method, says in (("age-2", " made {} times stock's tokens per second ({} to {} in three repeats)"),
+                         ("age-2-hadamard", " {} times ({} to {})"), ("age-4", " {} times ({} to {})")):  # fmt: skip
+        (entry,) = (e for e in entries if (e["profile"], e["concurrency"], e["method"]) == ("long-cot", 16, method))
+        assert entry["saturated"] and entry["repeats"] == 3
+        assert f"`{method}`" + says.format(*(f"{ratio:.1f}" for ratio in entry["tok_s_ratio"])) in readme
 
 
 def test_calibration_page_has_the_rows_of_the_result_file() -> None:
