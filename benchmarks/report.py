@@ -230,8 +230,16 @@ def _hits(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]
 
 
 def _by_pool(result: Result) -> str:
-    """A table per pool size, smallest first, each against its own static method of one width; 16 bits in the first."""
-    rows = result["rows"]
+    """A table per pool size, smallest first, each against its own static method of one width; 16 bits in the first.
+
+    Stock first, then policy by policy, the best of each first.
+    """
+    order = ("16bit", "stock", "stock-fp8", "age", "uniform", "static")
+
+    def place(row: dict[str, Any]) -> tuple[int, int]:
+        return order.index(family(row["key"]["method"]).partition(", ")[0]), -row.get("right", 0)
+
+    rows = sorted(result["rows"], key=place)
     sizes = sorted({row["key"]["pool_bytes"] for row in rows if row["key"]["method"] != "16bit"}) or [None]
     tables = []
     for size in sizes:
