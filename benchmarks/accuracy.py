@@ -235,7 +235,7 @@ def table(result: dict[str, Any], baseline: str | None = None) -> str:
         ]
         other = by.get((baseline or "", pool, problems))
         if baseline:
-            cells.append(_against(rows, other) if other and name != baseline else "-")
+            cells.append(against(rows, other) if other and name != baseline else "-")
         lines.append("| " + " | ".join(cells) + " |")
     for row in result["rows"]:
         if "missing" in row:
@@ -244,7 +244,8 @@ def table(result: dict[str, Any], baseline: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def _against(rows: Sequence[Row], other: Sequence[Row]) -> str:
+def against(rows: Sequence[Row], other: Sequence[Row]) -> str:
+    """Points by which ``rows`` are better than ``other``, paired by problem, with their 95 % interval."""
     difference = correctness(rows) - correctness(other)
     low, high = bootstrap(difference)
     return f"{100 * difference.mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"

@@ -60,6 +60,7 @@ class Kind:
     text: str
     table: Callable[[Result], str]
     pictures: Callable[[str, Result, dict[str, Result]], list[Picture]]
+    more: Callable[[Result, dict[str, Result]], str] = lambda result, others: ""
 
 
 def new_figure(width: float = 8.0, height: float = 4.2, columns: int = 1, **axes: Any) -> tuple[Figure, Any]:
@@ -91,7 +92,7 @@ def family(method: str) -> str:
     policy = method.partition("-")[0]
     if method.endswith(".safetensors"):
         return f"{policy}, calibrated"
-    if method.endswith("-hadamard"):
+    if "-hadamard" in method:
         return f"{policy}, rotated"
     return method if method in ("16bit", "stock", "stock-fp8") else policy
 
@@ -253,6 +254,24 @@ def _by_pool(result: Result) -> str:
     return "\n\n".join(tables)
 
 
+def _served_against_kivi(result: Result, others: dict[str, Result]) -> str:
+    """Served methods of the smallest pool against KIVI at 2 bits, on the same problems."""
+    served = others.get("accuracy")
+    alike = ("first", "lines", "model")
+    if not served or any(served["config"].get(k) != result["config"].get(k) for k in alike):
+        return ""
+    groups = accuracy.groups(served)
+    smallest = min((pool for name, pool, _ in groups if name != "16bit"), default=0)
+    kivi = [row for row in result["rows"] if row["key"]["method"].startswith("kivi-2") and "missing" not in row]
+    lines = [
+        [label(name), *(accuracy.against(rows, [row]) for row in kivi)]
+        for (name, pool, problems), rows in groups.items()
+        if pool == smallest and kivi and all(row["problems"] == problems for row in kivi)
+    ]
+    head = ["served, points against", *(row["key"]["method"] for row in kivi)]
+    return table_of(head, lines) if lines else ""
+
+
 def _none(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]:
     return []
 
@@ -275,6 +294,7 @@ KINDS: dict[str, Kind] = {
         "recent part is as long as the bytes allow.",
         offline.table,
         _none,
+        _served_against_kivi,
     ),
     "kld": Kind(
         "Divergence from 16 bits over context length",
@@ -333,7 +353,7 @@ def result_section(path: Path, result: Result, others: dict[str, Result]) -> Sec
     commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in result["rows"]))
     about = [f"`{command}`" for command in commands]
     about.append(f"({path.name}; {versions}; commit {commits})")
-    text = "\n\n".join([kind.text, "  \n".join(about), kind.table(result)])
+    text = "\n\n".join([kind.text, "  \n".join(about), kind.table(result), kind.more(result, others)]).rstrip()
     flags = result["config"].get("server_args")
     title = f"{kind.title}, with {flags}" if flags else kind.title
     return Section(title, text, kind.pictures(path.stem, result, others))
@@ -378,7 +398,8 @@ def sections(folder: Path) -> list[Section]:
         kind = result.get("benchmark") if isinstance(result, dict) else None
         if kind in KINDS and result["rows"]:
             found.append((list(KINDS).index(kind), path, result))
-    others = {result["benchmark"]: result for _, _, result in found}
+    # Of several files of a kind the first by name.
+    others = {result["benchmark"]: result for _, _, result in reversed(found)}
     for _, path, result in sorted(found, key=lambda entry: entry[:2]):
         seen.add(result["benchmark"])
         out.append(result_section(path, result, others))

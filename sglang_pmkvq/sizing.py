@@ -69,14 +69,14 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
         self._key_scales: tuple[torch.Tensor | None, ...] | None = None
         self._key_clips: tuple[torch.Tensor | None, ...] | None = None
         self._hadamard = (args.pmkvq_key_transform if calibration is None else calibration.transform) == "hadamard"
-        if calibration is None and self._hadamard:
-            self._key_clips = normal_key_clips(self._groups, self._shape)
-        if plain_two_bit_keys(args, self._groups):
-            logger.warning("pmkvq: %s", PLAIN_TWO_BIT_KEYS)
         if calibration is not None:
             heads = rank_heads(calibration.num_kv_heads, get_attention_tp_size(), get_attention_tp_rank())
             self._key_scales = group_key_scales(calibration, self._groups, heads)
             self._key_clips = group_key_clips(calibration, self._groups, heads)
+        elif self._hadamard:
+            self._key_clips = normal_key_clips(self._groups, self._shape)
+        elif plain_two_bit_keys(args, self._groups):
+            logger.warning("pmkvq: %s", PLAIN_TWO_BIT_KEYS)
         self._protection = Protection(args.pmkvq_window, args.pmkvq_sink_tokens, args.pmkvq_protect == "hard")
         self._budget = 0
         self.setup: PoolSetup | None = None

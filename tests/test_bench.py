@@ -201,6 +201,18 @@ def test_page_has_a_table_per_pool_each_against_its_own_static_width() -> None:
     assert "+10.0 (" in second[2]
 
 
+def test_served_methods_are_compared_with_kivi_on_the_same_problems() -> None:
+    config = {"first": 0, "lines": "1-2", "model": "m", "server_args": ""}
+    rows = [row("16bit", [], pool=9 << 20), row("age-2", [0]), row("age-4", [0], pool=2 << 20)]
+    served = {"config": config, "rows": rows}
+    kivi = {"config": {**config, "batch": 1}, "rows": [row("kivi-2", [1, 2, 3]), row("kivi-4", [])]}
+    (head, _, line) = report.KINDS["offline"].more(kivi, {"accuracy": served}).splitlines()
+    assert head == "| served, points against | kivi-2 |"
+    assert line.startswith("| age-2 | +20.0 (")
+    kivi["config"]["lines"] = "3-4"
+    assert report.KINDS["offline"].more(kivi, {"accuracy": served}) == ""
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
