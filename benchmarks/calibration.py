@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks.calibration_rows import FORCED, SERVED, Variant, table
 from benchmarks.forced import WINDOW, Chain, Widths, chains, compare
 from benchmarks.key_ranges import key_ranges
-from benchmarks.oracle import constants
+from benchmarks.oracle import coding_of
 from benchmarks.pressure import Row, problem_set, prompt_ids, run_row
 from benchmarks.reasoner.evaluate import load
 from benchmarks.reasoner.model import Llama
@@ -41,7 +41,7 @@ from benchmarks.result import commit, versions, wilson, write
 from benchmarks.serving import REASONER, ROOT
 from sglang_pmkvq import artifact
 from sglang_pmkvq.calib.run import Settings, calibrate
-from sglang_pmkvq.config import parse_final_bits
+from sglang_pmkvq.serving.config import parse_final_bits
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WORK = ROOT / "results" / "tmp" / "calibration"
@@ -133,8 +133,7 @@ class Bench:
         if c is None:
             widths = Widths(tuple(parse_final_bits(variant.final, layers)))
         else:
-            scale, clip, hadamard = constants(c)
-            widths = Widths(c.finals, scale, c.group_size, clip, hadamard)
+            widths = Widths(c.finals, c.group_size, coding_of(c))
         got = compare(model, given, widths)
         mean = sum(map(sum, widths.finals)) / (2 * layers)
         interval = wilson(got["chains_right"], len(given))

@@ -21,6 +21,7 @@ from benchmarks.reasoner.evaluate import prompt_tokens
 from benchmarks.reasoner.model import Llama
 from benchmarks.reasoner.task import Problem
 from sglang_pmkvq.formats import TIERS, K, V
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 
 SINK = 16
@@ -38,21 +39,16 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Widths:
-    """Final (K, V) bits per layer, key scales fp32 [L, H, D] or None, channels per group, clip factors fp32 [L, H]
-    of 2-bit keys or None, and whether keys are rotated before they are quantized."""
+    """Final (K, V) bits per layer, channels per group, and how the keys of all layers become codes."""
 
     finals: tuple[tuple[int, int], ...]
-    key_scale: Tensor | None = None
     group_size: int = 128
-    key_clip: Tensor | None = None
-    hadamard: bool = False
+    coding: Coding = Coding()
 
     def read(self, layer: int, side: int, x: Tensor) -> Tensor:
         bits = self.finals[layer][side]
         assert bits in TIERS
-        scale = None if side == V or self.key_scale is None else self.key_scale[layer, :, None]
-        clip = None if side == V or self.key_clip is None else self.key_clip[layer, :, None]
-        return fake_quantize(x, bits, self.group_size, scale, clip, self.hadamard and side == K)
+        return fake_quantize(x, bits, self.group_size, self.coding.pick(layer) if side == K else None)
 
 
 def logits(model: Llama, tokens: Tensor, widths: Reader, first: int, window: int = WINDOW) -> Tensor:

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.result import versions, write
 from benchmarks.serving import ROOT, free_port
-from sglang_pmkvq import demo
+from sglang_pmkvq.tools import demo
 
 START_TIMEOUT_S = 1800.0
 

@@ -17,9 +17,9 @@ from sglang_pmkvq.formats import (
     page_bytes,
     tier_units,
 )
-from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
-from sglang_pmkvq.kernels.device_plan import PageSource
+from sglang_pmkvq.kernels.attention import PageSource
 from sglang_pmkvq.kernels.storage import GroupStorage
+from sglang_pmkvq.kernels.torch_kernels import TorchKernels
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def check_decode(case: Case, q: torch.Tensor, out: torch.Tensor, layer: int, sca
     """Decode against fp32 torch on the same pages, for some of the requests."""
     error = 0.0
     for r in sample_requests(q.shape[0]):
-        wrapper = MixedKVDecodeWrapper(use_stock=False, backend="torch")
+        wrapper = TorchKernels().decode(use_stock=False)
         wrapper.plan(case.storage, case.req_pages[r : r + 1], case.kv_lens[r : r + 1])
         want = wrapper.run(q[r : r + 1].float(), layer, scale)
         assert isinstance(want, torch.Tensor)
@@ -179,7 +179,7 @@ def check_extend(case: Case, q: torch.Tensor, out: torch.Tensor, layer: int, sca
     error = 0.0
     few = min(chunk, 16)
     for r in sample_requests(case.req_pages.shape[0]):
-        wrapper = MixedKVExtendWrapper(use_stock=False, backend="torch")
+        wrapper = TorchKernels().extend(use_stock=False)
         tokens = int(case.kv_lens[r])
         wrapper.plan(case.storage, case.req_pages[r : r + 1], [tokens - few], [tokens])
         rows = slice((r + 1) * chunk - few, (r + 1) * chunk)

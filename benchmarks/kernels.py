@@ -171,10 +171,10 @@ def guarded(table: Table, key: dict[str, Any], body: Callable[[], dict[str, Any]
 def attention_row(part: str, timer: Timer | None, case: Any, q: Any, chunk: int) -> tuple[Any, dict[str, Any]]:
     """Output of the last layer and the row of one case; ``chunk`` queries per request."""
     from benchmarks import kernel_cases as kc
-    from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
+    from sglang_pmkvq.kernels.triton_kernels import TritonKernels
 
     scale, layers = HEAD_DIM**-0.5, case.storage.num_layers
-    decode, extend = MixedKVDecodeWrapper(backend="triton"), MixedKVExtendWrapper(backend="triton")
+    decode, extend = TritonKernels().decode(), TritonKernels().extend()
     wrapper = decode if part == "decode" else extend
     if part == "decode":
         decode.plan(case.storage, case.req_pages, case.kv_lens)
@@ -264,11 +264,12 @@ def pool_part(table: Table, timer: Timer | None, part: str, pages: int, layers: 
 
     from benchmarks import kernel_cases as kc
     from sglang_pmkvq.formats import PageShape
-    from sglang_pmkvq.kernels import page_ops
-    from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper
+    from sglang_pmkvq.kernels.attention import PageSource
     from sglang_pmkvq.kernels.device_pages import copy_launch, store_launch
-    from sglang_pmkvq.kernels.device_plan import PageSource, plan_launches
+    from sglang_pmkvq.kernels.device_plan import plan_launches
     from sglang_pmkvq.kernels.reference.inputs import copies
+    from sglang_pmkvq.kernels.torch_kernels import TorchKernels
+    from sglang_pmkvq.kernels.triton_kernels import TritonKernels
 
     device = torch.device("cuda" if timer is not None else "cpu")
     heads = KV_HEADS if timer is not None else 1
@@ -289,8 +290,8 @@ def pool_part(table: Table, timer: Timer | None, part: str, pages: int, layers: 
         units = [(a.storage.table[0][row.long()].long() >> 2).cpu().numpy() for row in a.req_pages]
         page = a.req_pages[0].cpu().numpy()
         command = copies(0, page, units[0], units[1], src, dst)  # a source block's first unit fits any lower tier
-        page_ops.execute(a.storage, [command], backend="torch")
-        page_ops.execute(b.storage, [command], backend="triton")
+        TorchKernels().copy(a.storage, command)
+        TritonKernels().copy(b.storage, command)
         equal(a, b, f"shrink {src}→{dst}")
         row: dict[str, Any] = {"pages": int(page.size), "layers": layers}
         if timer is not None:
@@ -305,8 +306,8 @@ def pool_part(table: Table, timer: Timer | None, part: str, pages: int, layers: 
         slots = (a.req_pages.flatten().long()[:, None] * PAGE + torch.arange(PAGE, device=device)).flatten()
         slots = slots[:: max(1, slots.numel() // tokens)][:tokens].contiguous()  # of as many requests as can be
         k, v = torch.randn(2, slots.numel(), heads, HEAD_DIM, device=device).to(dtype)
-        page_ops.store(a.storage, 0, slots, k, v, backend="torch")
-        page_ops.store(b.storage, 0, slots, k, v, backend="triton")
+        TorchKernels().store(a.storage, 0, slots, k, v)
+        TritonKernels().store(b.storage, 0, slots, k, v)
         equal(a, b, "store")
         row: dict[str, Any] = {"tokens": slots.numel()}
         if timer is not None:
@@ -318,10 +319,10 @@ def pool_part(table: Table, timer: Timer | None, part: str, pages: int, layers: 
         small = PageShape(PAGE, 1, 64, 64)  # the plan does not read KV
         case = kc.make_case(small, batch, tokens, kc.MIXES[mix], 1, dtype, device)
         source = kc.request_table(case) if source_name == "slots" else PageSource(case.req_pages)
-        wrapper = MixedKVDecodeWrapper(backend="triton")
+        wrapper = TritonKernels().decode()
         wrapper.plan_source(case.storage, source, case.kv_lens)
-        device_plan = wrapper._device
-        assert device_plan is not None and device_plan.buffers is not None
+        device_plan = wrapper.device_plan
+        assert device_plan.buffers is not None
         buffers, n = device_plan.buffers, case.req_pages.shape[1]
         for units, arena in ((buffers.k_units, 0), (buffers.v_units, -1)):
             entries = case.storage.table[arena][case.req_pages.long()]

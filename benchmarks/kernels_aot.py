@@ -26,9 +26,11 @@ import numpy as np
 import torch
 
 from sglang_pmkvq.formats import LayerGroup, PageShape
+from sglang_pmkvq.kernels.attention import PageSource
+from sglang_pmkvq.kernels.coding import Coding, key_transform
 from sglang_pmkvq.kernels.device_attention import DevicePlan, run_launches
 from sglang_pmkvq.kernels.device_pages import copy_launch, store_launch, table_launch
-from sglang_pmkvq.kernels.device_plan import PageSource, plan_launches
+from sglang_pmkvq.kernels.device_plan import plan_launches
 from sglang_pmkvq.kernels.launch import Launch, interpreted
 from sglang_pmkvq.kernels.reference.inputs import copies
 from sglang_pmkvq.kernels.storage import GroupStorage
@@ -51,14 +53,13 @@ class Config:
     page_size: int = 16
     finals: tuple[int, int] = (4, 2)
     gqa: int = 4
-    key_scale: bool = False
-    key_clip: bool = False
-    hadamard: bool = False
+    transform: str = "none"
+    clip: bool = False
     logit_cap: bool = False
 
     @property
     def name(self) -> str:
-        flags = "-scale" * self.key_scale + "-hadamard" * self.hadamard + "-clip" * self.key_clip
+        flags = f"-{self.transform}" * (self.transform != "none") + "-clip" * self.clip
         flags += "-cap" * self.logit_cap
         return (
             f"{self.kernel}-sm{self.arch}-{self.dtype}-d{self.head_dim}g{self.group_size}p{self.page_size}"
@@ -86,18 +87,18 @@ def configs() -> Iterator[Config]:
         for d in (64, 128, 256):
             yield Config("extend", arch, head_dim=d, group_size=min(d, 128))
             yield Config("copy", arch, head_dim=d, group_size=min(d, 128), finals=(2, 2))
-            yield Config("copy", arch, head_dim=d, group_size=min(d, 128), finals=(2, 2), hadamard=True)
+            yield Config("copy", arch, head_dim=d, group_size=min(d, 128), finals=(2, 2), transform="hadamard")
         yield Config("extend", arch, "fp16")
         yield Config("extend", arch, finals=(16, 16))
         for kernel in ("decode", "extend"):
-            yield Config(kernel, arch, key_scale=True, logit_cap=True)
-            yield Config(kernel, arch, finals=(2, 2), key_scale=True, key_clip=True)
-            yield Config(kernel, arch, finals=(2, 2), hadamard=True, key_clip=True)
-        yield Config("decode", arch, "fp16", finals=(2, 2), key_clip=True)
-        yield Config("copy", arch, finals=(2, 2), key_scale=True, key_clip=True)
+            yield Config(kernel, arch, transform="scale", logit_cap=True)
+            yield Config(kernel, arch, finals=(2, 2), transform="scale", clip=True)
+            yield Config(kernel, arch, finals=(2, 2), transform="hadamard", clip=True)
+        yield Config("decode", arch, "fp16", finals=(2, 2), clip=True)
+        yield Config("copy", arch, finals=(2, 2), transform="scale", clip=True)
         yield Config("copy", arch)
         yield Config("copy", arch, "fp16", finals=(8, 8))
-        yield Config("copy", arch, group_size=32, key_scale=True)
+        yield Config("copy", arch, group_size=32, transform="scale")
         for kernel in ("merge", "store", "count", "scatter", "schedule", "ranges", "table"):
             yield Config(kernel, arch)
 
@@ -113,10 +114,10 @@ def sample() -> Iterator[Config]:
         for kernel in ("merge", "store", "count", "scatter", "schedule", "ranges", "table"):
             yield Config(kernel, arch)
         yield Config("copy", arch, finals=(2, 2))
-        yield Config("copy", arch, finals=(2, 2), key_scale=True, key_clip=True)
-        yield Config("copy", arch, finals=(2, 2), hadamard=True)
-    yield Config("decode", 90, finals=(2, 2), key_scale=True, key_clip=True)
-    yield Config("decode", 90, finals=(2, 2), hadamard=True, key_clip=True)
+        yield Config("copy", arch, finals=(2, 2), transform="scale", clip=True)
+        yield Config("copy", arch, finals=(2, 2), transform="hadamard")
+    yield Config("decode", 90, finals=(2, 2), transform="scale", clip=True)
+    yield Config("decode", 90, finals=(2, 2), transform="hadamard", clip=True)
 
 
 def launches(config: Config) -> dict[str, Launch]:
@@ -124,11 +125,11 @@ def launches(config: Config) -> dict[str, Launch]:
     heads = 2
     shape = PageShape(config.page_size, heads, config.head_dim, config.group_size)
     group = LayerGroup((0, 1), *config.finals)
-    scale = torch.ones(2, heads, config.head_dim) if config.key_scale else None
-    clip = torch.full((2, heads), 0.6) if config.key_clip else None
+    scale = torch.ones(2, heads, config.head_dim) if config.transform == "scale" else None
+    clip = torch.full((2, heads), 0.6) if config.clip else None
     superblocks = [4] * len(group.arena_sides)
-    more = {"key_scale": scale, "key_clip": clip, "hadamard": config.hadamard}
-    storage = GroupStorage.allocate(shape, group, superblocks, 8, DTYPES[config.dtype], **more)
+    coding = Coding(key_transform(config.transform, config.head_dim, scale), clip)
+    storage = GroupStorage.allocate(shape, group, superblocks, 8, DTYPES[config.dtype], coding=coding)
     requests, pages, hq = 4, 512, heads * config.gqa
     plan = DevicePlan()
     plan.reserve(storage, requests, pages, hq, columns=True)

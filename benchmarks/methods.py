@@ -190,7 +190,7 @@ def pool_sizes(options: argparse.Namespace, held_bytes: int) -> list[int]:
     Raises:
         ValueError: neither ``--share`` nor ``--pool-bytes``, both, or a size that is none.
     """
-    from sglang_pmkvq.config import parse_size
+    from sglang_pmkvq.serving.config import parse_size
 
     if bool(options.share) == bool(options.pool_bytes):
         raise ValueError("give either --share (of the 16-bit bytes of the running problems) or --pool-bytes")

@@ -47,9 +47,10 @@ from benchmarks.reasoner.model import Config
 from benchmarks.reasoner.task import Problem
 from benchmarks.result import Results, wilson
 from benchmarks.tasks import line_range
-from sglang_pmkvq.config import page_shape, parse_final_bits
 from sglang_pmkvq.formats import META_PAIR_BYTES, PageShape, groups_from_finals, page_bytes
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
+from sglang_pmkvq.serving.config import parse_final_bits
+from sglang_pmkvq.serving.sizing import page_shape
 
 DEFAULT = "16bit,static-8,static-4,static-2,kivi-4,kivi-2,kivi-2@bytes"
 KIVI_GROUP = 32

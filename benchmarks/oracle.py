@@ -31,11 +31,12 @@ from benchmarks.pressure import problem_set, prompt_ids
 from benchmarks.result import versions, write
 from benchmarks.serving import REASONER, Server, serve
 from sglang_pmkvq import artifact
-from sglang_pmkvq.calibration import normal_key_clips
-from sglang_pmkvq.config import Protection, choose_geometry, limits_for, page_shape, parse_final_bits, parse_size
 from sglang_pmkvq.formats import K, PoolGeometry, V, groups_from_finals
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 from sglang_pmkvq.ledger import Ledger, PolicyConfig
+from sglang_pmkvq.serving.config import parse_final_bits, parse_size
+from sglang_pmkvq.serving.sizing import choose_geometry, limits_for, page_shape
 
 PAGE = 16
 RUNNING = 2
@@ -43,14 +44,9 @@ RUNNING = 2
 CHUNK = 64
 
 
-Constants = tuple[torch.Tensor | None, torch.Tensor | None, bool]
-
-
-def constants(c: artifact.Calibration) -> Constants:
-    """Key scales fp32 [L, H, D] and clip factors fp32 [L, H] of a calibration, or None; whether keys are rotated."""
-    scale, clip = c.tensors.get("key_scale"), c.tensors.get("key_clip")
-    scales = None if scale is None else torch.from_numpy(scale)
-    return scales, None if clip is None else torch.from_numpy(clip), c.hadamard
+def coding_of(c: artifact.Calibration) -> Coding:
+    """What a calibration does to the keys of all layers and heads."""
+    return Coding.from_calibration(c, range(c.num_layers), slice(None))
 
 
 @dataclass(frozen=True)
@@ -81,27 +77,24 @@ class Case:
         shape = page_shape(PAGE, config.num_key_value_heads, config.head_dim, None)
         finals = parse_final_bits(self.final, config.num_hidden_layers) if self.final else list(self._file().finals)
         groups = groups_from_finals(finals)
-        limits = limits_for(RUNNING, CHUNK, PAGE, Protection(self.window, 0, False))
+        limits = limits_for(RUNNING, CHUNK, PAGE, self._policy())
         return choose_geometry(shape, groups, parse_size(self.pool), limits)
 
-    def constants(self, geometry: PoolGeometry) -> Constants:
-        """``constants`` of the file, or what rotated keys have without one."""
+    def coding(self, geometry: PoolGeometry) -> Coding:
+        """Of all layers: what the file says, or the flags without one."""
         if self.calibration:
-            return constants(self._file())
-        if not self.hadamard:
-            return None, None, False
-        clip = torch.ones(sum(len(g.layers) for g in geometry.groups), geometry.shape.num_kv_heads)
-        for group, share in zip(geometry.groups, normal_key_clips(geometry.groups, geometry.shape), strict=True):
-            if share is not None:
-                clip[list(group.layers)] = share
-        return None, clip, True
+            return coding_of(self._file())
+        layers = sum(len(g.layers) for g in geometry.groups)
+        return Coding.default("hadamard" if self.hadamard else "none", layers, geometry.shape)
+
+    def _policy(self) -> PolicyConfig:
+        return PolicyConfig(policy=self.policy, window_tokens=self.window, sink_tokens=0)  # type: ignore[arg-type]
 
     def _file(self) -> artifact.Calibration:
         return artifact.load(self.calibration)
 
     def ledger(self, geometry: PoolGeometry) -> Ledger:
-        policy = PolicyConfig(policy=self.policy, window_tokens=self.window, sink_tokens=0)  # type: ignore[arg-type]
-        return Ledger(geometry, policy, RUNNING)
+        return Ledger(geometry, self._policy(), RUNNING)
 
 
 CASES = (
@@ -141,11 +134,11 @@ def schedule(case: Case, geometry: PoolGeometry, forwards: Sequence[tuple[int, i
 
 
 def replay(
-    model: Any, case: Case, prompt: Sequence[int], output: Sequence[int], transforms: Constants | None = None
+    model: Any, case: Case, prompt: Sequence[int], output: Sequence[int], coding: Coding | None = None
 ) -> tuple[np.ndarray, float]:
     """Log-probability of each output token by the transformers model under the case's schedule.
 
-    ``transforms``: what is done to keys instead of what the case says.
+    ``coding``: what is done to keys instead of what the case says.
 
     Returns:
         float64 [len(output)], and the mean width over pages, sides and layers at the last forward.
@@ -160,13 +153,13 @@ def replay(
     cache = DynamicCache(config=model.config)
     exact: list[list[torch.Tensor]] = [[], []]
     held = np.zeros((len(geometry.groups), 0), np.int8)
-    transforms = transforms or case.constants(geometry)
+    coding = coding or case.coding(geometry)
     logprobs = []
     for (start, end), now in zip(forwards, steps, strict=True):
         known = np.zeros_like(now)
         known[:, : held.shape[1]] = held
         for page in np.flatnonzero((now != known).any(axis=0)):
-            _shrink_page(cache, exact, geometry, group_of, int(page), now[:, page], *transforms)
+            _shrink_page(cache, exact, geometry, group_of, int(page), now[:, page], coding)
         held = now
         with torch.no_grad():
             tokens = everything[:, start:end]
@@ -192,9 +185,7 @@ def _shrink_page(
     group_of: dict[int, int],
     page: int,
     steps: np.ndarray,
-    key_scale: torch.Tensor | None,
-    clip: torch.Tensor | None,
-    hadamard: bool,
+    coding: Coding,
 ) -> None:
     """Replace one page in every layer by what a reader of the pool sees at its steps."""
     part = slice(page * PAGE, (page + 1) * PAGE)
@@ -203,10 +194,8 @@ def _shrink_page(
         tiers = group.steps[int(steps[group_of[layer]])]
         for side, name in ((K, "keys"), (V, "values")):
             x = exact[side][layer][:, :, part]
-            scale = key_scale[layer][:, None] if side == K and key_scale is not None else None
-            share = clip[layer][:, None] if side == K and clip is not None else None
-            rotated = hadamard and side == K
-            read = fake_quantize(x, tiers[side], geometry.shape.group_size, scale, share, rotated)
+            own = coding.pick(layer) if side == K else None
+            read = fake_quantize(x, tiers[side], geometry.shape.group_size, own)
             getattr(entry, name)[:, :, part] = read
 
 

@@ -32,7 +32,7 @@ from benchmarks.pressure import prompt_ids
 from benchmarks.reasoner.task import EVAL_SEED_START, Problem, check, make_problem, render
 from benchmarks.result import Results, wilson
 from benchmarks.serving import Server, ServerFailed, serve, stream
-from sglang_pmkvq.config import parse_size
+from sglang_pmkvq.serving.config import parse_size
 
 # The task asks for one of a program's last variables, and nothing else did the model learn.
 QUESTIONS = 8

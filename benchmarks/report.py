@@ -361,8 +361,8 @@ def result_section(path: Path, result: Result, others: dict[str, Result]) -> Sec
 
 def timeline_section(path: Path) -> Section:
     """Bytes per tier and effective bits over time."""
-    from sglang_pmkvq.report import draw, summarize
     from sglang_pmkvq.timeline import read_timeline
+    from sglang_pmkvq.tools.report import draw, summarize
 
     timeline = read_timeline(path)
     figure = draw(timeline, title="KV pool over time")

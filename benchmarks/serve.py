@@ -55,7 +55,7 @@ from benchmarks.methods import (
 )
 from benchmarks.result import Results
 from benchmarks.serving import Server, ServerFailed, scheduler_pid, serve
-from sglang_pmkvq.config import parse_size
+from sglang_pmkvq.serving.config import parse_size
 
 PROFILES = ("random", "shared-prefix", "long-cot")
 # Shortest of the lengths of ``random``, as a share of the longest.

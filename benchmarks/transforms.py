@@ -44,6 +44,7 @@ from sglang_pmkvq.calib.model import CalibrationModel, observing
 from sglang_pmkvq.calib.reparam import attention_rows, key_scales, observe_ranges, query_rows, range_state
 from sglang_pmkvq.calib.run import load_tokenizer
 from sglang_pmkvq.formats import SIDES, K, V
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.reference.codes import FP16_MAX, fake_quantize
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -60,7 +61,7 @@ def coded(x: Tensor, bits: int, group_size: int, clip: Tensor, where: str) -> Te
     """``fake_quantize`` of fp32 x [H, T, D] with clip factors [H] that apply at ``where`` (see the module)."""
     c = clip[:, None]
     if where != "first" or bits == 16:
-        return fake_quantize(x, bits, group_size, None, c if where == "last" else None)
+        return fake_quantize(x, bits, group_size, Coding(key_clip=clip) if where == "last" else None)
     groups = x.unflatten(-1, (-1, group_size))
     c = c[..., None, None]
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)

@@ -24,6 +24,7 @@ from sglang_pmkvq.calib.corpus import Sample
 from sglang_pmkvq.calib.model import CalibrationModel, observing
 from sglang_pmkvq.calib.positions import NATURAL, turn
 from sglang_pmkvq.calib.sweep import State
+from sglang_pmkvq.kernels.coding import Coding, KeyTransform, Scaled
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 
 ALPHAS: tuple[float, ...] = tuple(i / 19 for i in range(20))
@@ -110,13 +111,13 @@ def observe_alphas(
         query, rows = query_rows(q[0])
         scaling = model.scaling(layer)
         maxima = key_max[layer].to(k.device)
-        clip = clip_of(clips, layer, k.device)
+        clip = None if clips is None else clips[layer].to(k.device)
         exact = attention_rows(query, k[0], v[0], rows, scaling)
         for place, (k_bits, v_bits) in enumerate(pairs[layer]):
             value = fake_quantize(v[0].float(), v_bits, group_size)
             for index, alpha in enumerate(ALPHAS):
-                scale = key_scales(maxima, alpha)[:, None]
-                key = fake_quantize(k[0].float(), k_bits, group_size, scale, clip)
+                coding = Coding(Scaled(key_scales(maxima, alpha)), clip)
+                key = fake_quantize(k[0].float(), k_bits, group_size, coding)
                 error = attention_rows(query, key, value, rows, scaling) - exact
                 state["error"][layer, :, place, index] += error.square().sum((1, 2, 3)).double().cpu()
                 if k_bits == 16:
@@ -131,8 +132,7 @@ def observe_clips(
     model: CalibrationModel,
     sample: Sample,
     layers: Sequence[int],
-    scales: torch.Tensor | None,
-    hadamard: bool,
+    transform: KeyTransform,
     group_size: int,
     state: State,
 ) -> None:
@@ -140,8 +140,7 @@ def observe_clips(
 
     Args:
         layers: those to look at.
-        scales: key scales fp32 [L, H, D], or None.
-        hadamard: keys are rotated before they are quantized.
+        transform: of the keys of all layers.
         state: ``error`` float64 [L, H, clips], summed squared error.
     """
 
@@ -151,22 +150,17 @@ def observe_clips(
         if layer not in layers:
             return k, v
         query, rows = query_rows(q[0])
-        scale = None if scales is None else scales[layer, :, None].to(k.device)
+        own = transform.on(k.device).pick(layer)
         exact = attention_rows(query, k[0], v[0], rows, model.scaling(layer))
         for index, clip in enumerate(CLIPS):
-            share = torch.tensor(clip, device=k.device)
-            key = fake_quantize(k[0].float(), 2, group_size, scale, share, hadamard)
+            share = torch.full((k.shape[1],), clip, device=k.device)
+            key = fake_quantize(k[0].float(), 2, group_size, Coding(own, share))
             error = attention_rows(query, key, v[0], rows, model.scaling(layer)) - exact
             state["error"][layer, :, index] += error.square().sum((1, 2, 3)).double().cpu()
         return k, v
 
     with observing(observer):
         model.hidden(sample)
-
-
-def clip_of(clips: torch.Tensor | None, layer: int, device: torch.device) -> torch.Tensor | None:
-    """Clip factors [H, 1] of a layer, as ``fake_quantize`` takes them for [H, T, D]."""
-    return None if clips is None else clips[layer, :, None].to(device)
 
 
 def query_rows(q: torch.Tensor, most: int = QUERY_ROWS) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,8 @@ from sglang_pmkvq.calib import allocate, positions, reparam, sensitivity
 from sglang_pmkvq.calib.corpus import Corpus, load_corpus
 from sglang_pmkvq.calib.model import CalibrationModel
 from sglang_pmkvq.calib.sweep import State, Workspace, sweep
-from sglang_pmkvq.formats import GROUP_SIZES
+from sglang_pmkvq.formats import GROUP_SIZES, KEY_TRANSFORMS
+from sglang_pmkvq.kernels.coding import Coding, KeyTransform, key_transform
 
 # The error of a layer's own output settles within a few samples.
 SEARCH_SAMPLES = 16
@@ -72,7 +73,7 @@ class Settings:
                 "(docs/calibration.md); use scale, hadamard or none"
             )
         for flag, value, allowed in (
-            ("transform", self.transform, artifact.TRANSFORMS),
+            ("transform", self.transform, KEY_TRANSFORMS),
             ("sensitivity", self.sensitivity, ("taylor", "kl")),
             ("interpolation", self.interpolation, positions.MODES),
         ):
@@ -184,9 +185,9 @@ class _Run:
     workspace: Workspace
     quiet: bool
 
-    @property
-    def hadamard(self) -> bool:
-        return self.settings.transform == "hadamard"
+    def transform(self, scale: torch.Tensor | None) -> KeyTransform:
+        """What is done to keys, with key scales fp32 [L, H, D] where that needs them."""
+        return key_transform(self.settings.transform, self.model.head_dim, scale)
 
     def _sweep(self, name: str, label: str, count: int, state: State, step: Any) -> State:
         samples = self.corpus.samples
@@ -243,7 +244,7 @@ class _Run:
             min(SEARCH_SAMPLES, len(self.corpus.samples)),
             {"error": error},
             lambda sample, s: reparam.observe_clips(
-                model, sample, layers, scales, self.hadamard, self.group_size, s
+                model, sample, layers, self.transform(scales), self.group_size, s
             ),
         )
         return reparam.best_clips(state["error"])
@@ -259,14 +260,14 @@ class _Run:
     def sensitivities(self, scales: torch.Tensor | None, clips: torch.Tensor | None) -> dict[str, np.ndarray]:
         """``taylor`` and, where asked for, ``kl``: float64 [L, 2, widths], per target token."""
         model, samples = self.model, self.corpus.samples
+        places = range(len(sensitivity.WIDTHS))
+        codings = [Coding(self.transform(None if scales is None else scales[place]), clips) for place in places]
         state = self._sweep(
             "taylor",
             "3/4 sensitivity, Taylor",
             len(samples),
             sensitivity.taylor_state(model.layers),
-            lambda sample, s: sensitivity.observe_taylor(
-                model, sample, scales, clips, self.hadamard, self.group_size, s
-            ),
+            lambda sample, s: sensitivity.observe_taylor(model, sample, codings, self.group_size, s),
         )
         out = {"taylor": (state["taylor"] / state["targets"]).numpy()}
         count = min(self.settings.kl_samples, len(samples))
@@ -277,9 +278,7 @@ class _Run:
                 "3/4 sensitivity, measured",
                 count,
                 kl,
-                lambda sample, s: sensitivity.observe_kl(
-                    model, sample, scales, clips, self.hadamard, self.group_size, s
-                ),
+                lambda sample, s: sensitivity.observe_kl(model, sample, codings, self.group_size, s),
             )
             out["kl"] = (kl["kl"] / count).clamp_min(0.0).numpy()
         return out

@@ -14,12 +14,12 @@ import torch
 
 from sglang_pmkvq.calib.corpus import Sample
 from sglang_pmkvq.calib.model import CalibrationModel, observing
-from sglang_pmkvq.calib.reparam import clip_of
 from sglang_pmkvq.calib.sweep import State
-from sglang_pmkvq.formats import K, V
+from sglang_pmkvq.formats import TIERS, K, V
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 
-WIDTHS: tuple[int, ...] = (8, 4, 2)
+WIDTHS: tuple[int, ...] = TIERS[1:]
 # Log-probabilities of one forward that are compared: rows · vocabulary, fp32, three of them at once.
 KL_ELEMENTS = 1 << 26
 
@@ -35,18 +35,14 @@ def taylor_state(layers: int) -> State:
 def observe_taylor(
     model: CalibrationModel,
     sample: Sample,
-    scales: torch.Tensor | None,
-    clips: torch.Tensor | None,
-    hadamard: bool,
+    codings: Sequence[Coding],
     group_size: int,
     state: State,
 ) -> None:
     """Add one sample's Taylor terms (paper eq. 5). Divide by ``targets`` for the change of the mean loss.
 
     Args:
-        scales: key scales fp32 [widths, L, H, D] that K has at each width, or None.
-        clips: clip factors fp32 [L, H] that 2-bit keys have, or None.
-        hadamard: keys are rotated before they are quantized.
+        codings: how K of all layers becomes codes, at each of ``WIDTHS``.
     """
 
     def observer(
@@ -59,10 +55,9 @@ def observe_taylor(
 
     def add(layer: int, side: int, x: torch.Tensor, grad: torch.Tensor) -> None:
         exact = x.float()
-        clip = clip_of(clips, layer, x.device) if side == K else None
         for place, bits in enumerate(WIDTHS):
-            scale = scales[place, layer, :, None].to(x.device) if side == K and scales is not None else None
-            error = exact - fake_quantize(exact, bits, group_size, scale, clip, hadamard and side == K)
+            coding = codings[place].on(x.device).pick(layer) if side == K else None
+            error = exact - fake_quantize(exact, bits, group_size, coding)
             state["taylor"][layer, side, place] += (grad.float() * error).abs().sum(dtype=torch.float64).cpu()
 
     with observing(observer):
@@ -72,9 +67,7 @@ def observe_taylor(
 def observe_kl(
     model: CalibrationModel,
     sample: Sample,
-    scales: torch.Tensor | None,
-    clips: torch.Tensor | None,
-    hadamard: bool,
+    codings: Sequence[Coding],
     group_size: int,
     state: State,
 ) -> None:
@@ -90,10 +83,9 @@ def observe_kl(
     exact = model.log_probs(inputs[-1][0, rows])
     probabilities = exact.exp()
     for layer in range(model.layers):
-        clip = clip_of(clips, layer, model.device)
         for side in (K, V):
             for place, bits in enumerate(WIDTHS):
-                scale = scales[place, layer, :, None].to(model.device) if side == K and scales is not None else None
+                coding = codings[place].on(model.device).pick(layer)
 
                 def observer(
                     at: int,
@@ -101,13 +93,12 @@ def observe_kl(
                     k: torch.Tensor,
                     v: torch.Tensor,
                     where: tuple[int, int, int] = (layer, side, bits),
-                    scale: torch.Tensor | None = scale,
-                    clip: torch.Tensor | None = clip,
+                    coding: Coding = coding,
                 ) -> tuple[torch.Tensor, torch.Tensor]:
                     if at != where[0]:
                         return k, v
                     if where[1] == K:
-                        return fake_quantize(k, where[2], group_size, scale, clip, hadamard), v
+                        return fake_quantize(k, where[2], group_size, coding), v
                     return k, fake_quantize(v, where[2], group_size)
 
                 with observing(observer):

@@ -1,4 +1,4 @@
-"""Plan and run of attention in Triton; ``attention.py`` decides who runs and documents the arguments."""
+"""Plan and run of attention in Triton; ``attention.py`` documents the arguments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, plan_launches, token_tile
+from sglang_pmkvq.kernels.attention import (
+    DecodeAttention,
+    ExtendAttention,
+    Lengths,
+    PageSource,
+    check_run,
+    host_lengths,
+)
+from sglang_pmkvq.kernels.device_plan import PlanBuffers, plan_launches, token_tile
 from sglang_pmkvq.kernels.launch import Launch, dot_dtype, interpreted, mantissa_bits, next_power_of_two, upload_rows
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.triton.decode import decode_kernel, merge_kernel
@@ -140,6 +148,49 @@ class DevicePlan:
         return have
 
 
+class _Planned:
+    """``Attention.run`` over a ``DevicePlan``."""
+
+    def __init__(self) -> None:
+        self.device_plan = DevicePlan()
+
+    def run(
+        self,
+        q: torch.Tensor,
+        layer: int,
+        scale: float,
+        logit_cap: float = 0.0,
+        return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        plan = self.device_plan
+        if plan.buffers is None:
+            raise ValueError("run needs a plan: call plan(...) first")
+        check_run(plan.buffers.storage, plan.num_queries, q, layer)
+        out, lse = run(plan, q, layer, scale, logit_cap, return_lse)
+        return out if lse is None else (out, lse)
+
+
+class DeviceDecode(_Planned, DecodeAttention):
+    """Decode in Triton: plan and run at fixed addresses, no host synchronization."""
+
+    def plan_source(
+        self, storage: GroupStorage, source: PageSource, kv_lens: Lengths, max_pages: int | None = None
+    ) -> None:
+        if not (isinstance(kv_lens, torch.Tensor) and kv_lens.device == storage.device):
+            kv_lens = torch.as_tensor(host_lengths(kv_lens)).to(storage.device)
+        self.device_plan.plan_decode(storage, source, kv_lens, max_pages)
+
+    def reserve(self, storage: GroupStorage, requests: int, max_pages: int, query_heads: int) -> None:
+        self.device_plan.reserve(storage, requests, max_pages, query_heads)
+
+
+class DeviceExtend(_Planned, ExtendAttention):
+    """Extend in Triton; lengths on the host size its grid."""
+
+    def _plan_lengths(self, storage: GroupStorage, source: PageSource, prefix: np.ndarray, lens: np.ndarray) -> None:
+        self.device_plan.plan_extend(storage, source, prefix, lens)
+
+
 def run(
     plan: DevicePlan,
     q: torch.Tensor,
@@ -171,7 +222,7 @@ def run_launches(
 ) -> Iterator[Launch]:
     """The launches of ``run``: decode and merge for requests of one query, extend for the others.
 
-    Where keys are rotated the queries are too, by a product at the first launch that is asked for.
+    Where quantized keys are transformed the queries are too, once, at the first launch that is asked for.
     """
     assert plan.buffers is not None
     gqa = q.shape[1] // plan.buffers.storage.shape.num_kv_heads
@@ -179,11 +230,12 @@ def run_launches(
         raise ValueError(f"at most {MAX_GQA} query heads per KV head, got {gqa}")
     if q.stride(2) != 1:
         raise ValueError("the last axis of q must be contiguous")
-    rotation = plan.buffers.storage.rotation
+    by_head = q.unflatten(1, (-1, gqa))
+    low = plan.buffers.storage.coding.queries(by_head, layer)
     q_low = None
-    if rotation is not None:
-        q = q.contiguous()  # the product copies it as well if it is not, and both must have the same strides
-        q_low = q @ rotation.to(q.dtype)
+    if low is not by_head:
+        # Both must have the same strides.
+        q, q_low = q.contiguous(), low.contiguous().flatten(1, 2)
     if plan.singles:
         partials = plan.partials_for(q.shape[1])
         yield decode_launch(plan, partials, q, q_low, layer, scale, logit_cap)
@@ -207,8 +259,7 @@ def _layer_args(plan: DevicePlan, layer: int) -> dict[str, object]:
         "v_codes": storage.arenas[1][layer],
         "k_meta": meta[0],
         "v_meta": meta[1],
-        "key_scale": None if storage.key_scale is None else storage.key_scale[layer],
-        "key_clip": None if storage.key_clip is None else storage.key_clip[layer],
+        **storage.coding.read_arguments(layer),
         "pages": buffers.pages,
         "k_units": buffers.k_units,
         "v_units": buffers.v_units,

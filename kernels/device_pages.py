@@ -1,4 +1,4 @@
-"""Triton launches that write KV; ``page_ops`` checks the arguments and decides who runs."""
+"""Triton launches that write KV; ``backend`` checks the arguments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 
 from sglang_pmkvq.commands import ArenaCopies, TableUpdate
 from sglang_pmkvq.formats import SIDES, K
-from sglang_pmkvq.kernels.cpu.rotation import exponents
 from sglang_pmkvq.kernels.launch import Launch, next_power_of_two, upload
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.triton import pages as kernels
@@ -71,8 +70,7 @@ def copy_launch(storage: GroupStorage, copies: ArenaCopies) -> Launch:
             "values0": storage.arenas[first].view(storage.dtype),
             "bytes0": storage.arenas[first],
             "meta0": pairs[0],
-            "scale0": storage.key_scale if first == K else None,
-            "edges0": storage.clip_edge if first == K else None,
+            **storage.coding.copy_arguments(first),
             "values1": storage.arenas[last].view(storage.dtype),
             "bytes1": storage.arenas[last],
             "meta1": pairs[1],
@@ -80,7 +78,6 @@ def copy_launch(storage: GroupStorage, copies: ArenaCopies) -> Launch:
             "bytes_stride_l": storage.arenas[first].stride(0),
             "meta_stride_l": meta_stride,
             "MIN_TIER": group.final_of(first),
-            "ROTATE": 2.0 ** -exponents(s.head_dim)[0] if first == K and storage.rotation is not None else 0.0,
             "H": s.num_kv_heads,
             "D": s.head_dim,
             "G": s.group_size,

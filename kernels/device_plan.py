@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_pmkvq.kernels.attention import PageSource
 from sglang_pmkvq.kernels.launch import Launch
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.triton import plan as kernels
@@ -57,26 +58,6 @@ def target_items(storage: GroupStorage) -> int:
     if storage.device.type == "cuda":
         sms = torch.cuda.get_device_properties(storage.device).multi_processor_count
     return max(1, -(-sms * programs_per_sm(storage.group.steps, storage.shape.head_dim) // storage.shape.num_kv_heads))
-
-
-@dataclass(frozen=True)
-class PageSource:
-    """Where the logical pages of requests stand.
-
-    Attributes:
-        values: integer ``[rows, n]``; ``values[row, column * column_stride] // divisor`` is the page.
-        rows: integer ``[R]`` row of each request, or None: request r has row r.
-        column_stride, divisor: 1 and 1 for page ids; P and P for SGLang's token slots per position.
-    """
-
-    values: torch.Tensor
-    rows: torch.Tensor | None = None
-    column_stride: int = 1
-    divisor: int = 1
-
-    @property
-    def max_pages(self) -> int:
-        return -(-self.values.shape[1] // self.column_stride)
 
 
 @dataclass(frozen=True)

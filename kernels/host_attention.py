@@ -1,4 +1,4 @@
-"""Plan and run of attention in torch, on the CPU; ``attention.py`` decides who runs and documents the arguments."""
+"""Plan and run of attention in torch, on the CPU; ``attention.py`` documents the arguments."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ import numpy as np
 import torch
 
 from sglang_pmkvq.formats import K, V
+from sglang_pmkvq.kernels.attention import (
+    DecodeAttention,
+    ExtendAttention,
+    Lengths,
+    PageSource,
+    check_run,
+    host_lengths,
+)
 from sglang_pmkvq.kernels.cpu import partials, stock
-from sglang_pmkvq.kernels.plan import PageLists, Tile, build_tiles, upload
+from sglang_pmkvq.kernels.plan import PageLists, Tile, build_tiles, read_page_lists, upload
 from sglang_pmkvq.kernels.storage import GroupStorage
 
 # fp32 scores of one query tile in extend, over the groups of channels (8 MiB): bounds the workspace however long a
@@ -114,15 +122,6 @@ class HostPlan:
         return replace(self, stock_requests=grown)
 
 
-def _for_low_keys(storage: GroupStorage, layer: int, q: torch.Tensor) -> torch.Tensor:
-    """fp32 q ``[..., H, M, D]`` as it reads quantized keys: rotated, times the key scale of the layer, or q itself."""
-    if storage.rotation is not None:
-        return q @ storage.rotation.to(q.dtype)
-    if storage.key_scale is not None:
-        return q * storage.key_scale[layer].unsqueeze(1)
-    return q
-
-
 # Without what autograd books on each call, of some hundred.
 @torch.inference_mode()
 def run_batched(
@@ -143,7 +142,7 @@ def run_batched(
     rows = plan.batched_rows
     every = requests == q.shape[0]  # then in order
     own = (q if every else q.index_select(0, rows)).to(torch.float32).mul(scale).view(requests, h, -1, d)
-    own_low = _for_low_keys(storage, layer, own)
+    own_low = storage.coding.queries(own, layer)
     parts: list[partials.Partial] = []
     for tile in plan.tiles:
         tile_q = (own if plan.one_item_each else own.index_select(0, tile.request)).flatten(0, 1)
@@ -182,7 +181,7 @@ def run_extend(
     """One multi-query request: query tiles against KV tiles in turn, merged as they come."""
     h, d = storage.shape.num_kv_heads, storage.shape.head_dim
     by_head = (q[request.start : request.end].to(torch.float32) * scale).view(request.end - request.start, h, -1, d)
-    by_head_low = _for_low_keys(storage, layer, by_head)
+    by_head_low = storage.coding.queries(by_head, layer)
     own, own_low = (x.permute(1, 2, 0, 3) for x in (by_head, by_head_low))  # [H, M, Lq, D]
     m, total = own.shape[1], own.shape[2]
     longest = max(t.pages_per_item for t in request.tiles) * storage.shape.page_size
@@ -207,3 +206,106 @@ def run_extend(
         out[rows] = partials.finish(merged).view(h, m, n, d).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
         if lse is not None:
             lse[rows] = partials.log_sum_exp(merged).view(h, m, n).permute(2, 0, 1).flatten(1, 2)
+
+
+class _Planned:
+    """``Attention.run`` over a ``HostPlan``."""
+
+    _stock_call = staticmethod(stock.decode)
+
+    def __init__(self, use_stock: bool = True) -> None:
+        self._use_stock = use_stock
+        self._plan: HostPlan | None = None
+        self._inputs: tuple[GroupStorage, PageLists, np.ndarray, np.ndarray] | None = None
+        self._batched_plan: HostPlan | None = None
+
+    def _set_plan(self, storage: GroupStorage, lists: PageLists, starts: np.ndarray, lengths: np.ndarray) -> None:
+        self._inputs = (storage, lists, starts, lengths)
+        self._batched_plan = None
+        self._plan = HostPlan.build(*self._inputs, use_stock=self._use_stock)
+
+    def _all_batched(self) -> HostPlan:
+        """The plan without stock's call, for what stock cannot do: logit caps and LSE."""
+        assert self._inputs is not None
+        if self._batched_plan is None:
+            self._batched_plan = HostPlan.build(*self._inputs, use_stock=False)
+        return self._batched_plan
+
+    def run(
+        self,
+        q: torch.Tensor,
+        layer: int,
+        scale: float,
+        logit_cap: float = 0.0,
+        return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if self._plan is None:
+            raise ValueError("run needs a plan: call plan(...) first")
+        plan = self._all_batched() if logit_cap > 0.0 else self._plan
+        check_run(plan.storage, plan.num_queries, q, layer)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32) if return_lse else None
+        _run_coded(plan, q, layer, scale, logit_cap, out, lse)
+        if plan.stock_requests:
+            if lse is not None:
+                # SDPA returns no LSE, so it is computed apart; the output stays stock's.
+                _run_coded(self._all_batched(), q, layer, scale, logit_cap, torch.empty_like(out), lse)
+            self._stock_call(plan.storage, layer, plan.stock_requests, q, out, scale)
+        return out if lse is None else (out, lse)
+
+
+def _run_coded(
+    plan: HostPlan,
+    q: torch.Tensor,
+    layer: int,
+    scale: float,
+    logit_cap: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Every request of a plan that stock's call does not serve."""
+    run_batched(plan, q, layer, scale, logit_cap, out, lse)
+    for request in plan.extends:
+        run_extend(plan.storage, request, q, layer, scale, logit_cap, out, lse)
+
+
+class HostDecode(_Planned, DecodeAttention):
+    """Decode in torch."""
+
+    def plan_source(
+        self, storage: GroupStorage, source: PageSource, kv_lens: Lengths, max_pages: int | None = None
+    ) -> None:
+        lens = host_lengths(kv_lens)
+        req_pages = source.page_ids(int(-(-lens.max(initial=0) // storage.shape.page_size)))
+        if self._grow(storage, req_pages, lens):
+            return
+        lists = read_page_lists(storage, req_pages, lens)
+        self._set_plan(storage, lists, np.arange(lens.size), np.ones(lens.size, dtype=np.int64))
+
+    def _grow(self, storage: GroupStorage, req_pages: torch.Tensor, lens: np.ndarray) -> bool:
+        """Makes the last plan that of the next step, where stock's call serves all and only lengths changed.
+
+        With nothing shrunk these are P - 1 of P steps, and at small batches planning is what they would notice.
+        """
+        if self._plan is None or self._inputs is None or not self._plan.all_stock:
+            return False
+        planned, lists, starts, lengths = self._inputs
+        grown = lists.grown(storage, req_pages, lens) if planned is storage else None
+        if grown is None:
+            return False
+        self._inputs = (storage, grown, starts, lengths)
+        self._batched_plan = None
+        self._plan = self._plan.grown()
+        return True
+
+
+class HostExtend(_Planned, ExtendAttention):
+    """Extend in torch."""
+
+    _stock_call = staticmethod(stock.extend)
+
+    def _plan_lengths(self, storage: GroupStorage, source: PageSource, prefix: np.ndarray, lens: np.ndarray) -> None:
+        req_pages = source.page_ids(int(-(-lens.max(initial=0) // storage.shape.page_size)))
+        lists = read_page_lists(storage, req_pages, lens)
+        lengths = lens - prefix
+        self._set_plan(storage, lists, np.cumsum(lengths) - lengths, lengths)

@@ -1,4 +1,4 @@
-"""Which kernels serve a storage, and a kernel launch as a value.
+"""A kernel launch as a value, and what launches need to know.
 
 A launch is a value so that the very arguments of a run can also be compiled ahead of time for a GPU
 that is not there.
@@ -8,15 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-
-from sglang_pmkvq.kernels.storage import GroupStorage
-
-Backend = Literal["auto", "torch", "triton"]
-BACKENDS = ("auto", "torch", "triton")
 
 
 @dataclass(frozen=True)
@@ -46,20 +41,6 @@ class Launch:
         """Launches on the current stream; nothing happens for an empty grid."""
         if min(self.grid) > 0:
             self.kernel[self.grid](**self.args, **self.options)
-
-
-def uses_triton(storage: GroupStorage, backend: Backend = "auto") -> bool:
-    """Whether Triton serves a storage: on CUDA by default, on the CPU torch does.
-
-    Raises:
-        ValueError: an unknown backend, or "triton" on CPU tensors without TRITON_INTERPRET=1.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    on_cpu = storage.device.type == "cpu"
-    if backend == "triton" and on_cpu and not interpreted():
-        raise ValueError("Triton kernels on CPU tensors need TRITON_INTERPRET=1 before triton is imported")
-    return backend == "triton" or (backend == "auto" and not on_cpu)
 
 
 def interpreted() -> bool:

@@ -1,4 +1,4 @@
-"""The tensors of one layer group: arenas, (zero, range) side arrays, page table, constants of a calibration.
+"""The tensors of one layer group: arenas, (zero, range) side arrays, page table; and how its pages are coded.
 
 Layouts (P tokens per page, H KV heads, D channels, G channels per group, b bits):
 
@@ -30,8 +30,7 @@ from sglang_pmkvq.formats import (
     PoolGeometry,
     tier_units,
 )
-from sglang_pmkvq.kernels.cpu.codes import clip_edges
-from sglang_pmkvq.kernels.cpu.rotation import query_rotation
+from sglang_pmkvq.kernels.coding import Coding
 
 MODEL_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
@@ -59,14 +58,7 @@ class GroupStorage:
         arenas: per side, uint8 ``[L, superblocks * 8 * unit_bytes]``.
         meta: per side, fp16 ``[L, N+1, H, D/G, P, 2]``, or None where the side never leaves 16 bits.
         table: int32 ``[num_arenas, N+1]``, ``unit << STEP_BITS | step`` or ``UNMAPPED``.
-        key_scale: fp32 ``[L, H, D]`` or None. Quantized tiers store K / s and queries are multiplied
-            by s when those tiers are read; the 16-bit tier is never transformed.
-        rotation: ``[D, D]`` of the model dtype or None: quantized tiers store rotated keys, and queries are multiplied
-            by this matrix when those tiers are read (see ``cpu/rotation.py``). Never beside ``key_scale``.
-        key_clip: fp32 ``[L, H]`` in (0, 1] or None. 2-bit codes of keys span the middle share ``key_clip`` of the
-            stored range: the step from 4 to 2 bits rounds to those four levels, and readers narrow (zero, range)
-            alike. Wider tiers and what is stored of a range are untouched.
-        clip_edge: int32, same shape or None, what that step compares 4-bit codes with (see ``clip_edges``).
+        coding: how keys and values become codes, and queries meet them.
         clipped_groups: int64 scalar on the device, (zero, range) pairs whose finite value did not
             fit fp16 and was clamped, since the start.
         dropped_rows: int64 scalar on the device, rows of a token in a layer that Triton's store did
@@ -84,10 +76,7 @@ class GroupStorage:
     arenas: tuple[torch.Tensor, torch.Tensor]
     meta: tuple[torch.Tensor | None, torch.Tensor | None]
     table: torch.Tensor
-    key_scale: torch.Tensor | None
-    rotation: torch.Tensor | None
-    key_clip: torch.Tensor | None
-    clip_edge: torch.Tensor | None
+    coding: Coding
     clipped_groups: torch.Tensor
     dropped_rows: torch.Tensor
     unmapped_reads: torch.Tensor
@@ -101,9 +90,7 @@ class GroupStorage:
         num_pages: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        key_scale: torch.Tensor | None = None,
-        key_clip: torch.Tensor | None = None,
-        hadamard: bool = False,
+        coding: Coding | None = None,
     ) -> GroupStorage:
         """Zero-filled storage, every page unmapped.
 
@@ -111,16 +98,13 @@ class GroupStorage:
 
         Args:
             superblocks: superblocks per arena of the group.
-            key_scale: positive fp32 ``[L, H, D]``, or None for the identity.
-            key_clip: fp32 ``[L, H]`` in (0, 1], or None for whole ranges.
-            hadamard: rotate keys before they are quantized; not with ``key_scale``.
+            coding: None codes keys and values as they are.
 
         Raises:
-            ValueError: a dtype, count or shape that does not fit, a scale that is not positive, a clip factor
-                outside (0, 1], or keys that are to be both scaled and rotated.
+            ValueError: a dtype, count or shape that does not fit, or a coding that does not (``Coding.for_group``).
         """
         layers, arenas_n = len(group.layers), len(group.arena_sides)
-        h, d, p = shape.num_kv_heads, shape.head_dim, shape.page_size
+        h, p = shape.num_kv_heads, shape.page_size
         if dtype not in MODEL_DTYPES:
             raise ValueError(f"16-bit pages need one of {MODEL_DTYPES}, got {dtype}")
         counts = tuple(int(n) for n in superblocks)
@@ -130,20 +114,6 @@ class GroupStorage:
             raise ValueError(f"an arena holds at most {MAX_UNITS} units, got {counts} superblocks")
         if num_pages < 1:
             raise ValueError(f"num_pages must be positive, got {num_pages}")
-        if key_scale is not None:
-            if tuple(key_scale.shape) != (layers, h, d):
-                raise ValueError(f"key_scale must have shape {(layers, h, d)}, got {tuple(key_scale.shape)}")
-            key_scale = key_scale.to(device=device, dtype=torch.float32).contiguous()
-            if not bool((torch.isfinite(key_scale) & (key_scale > 0)).all()):
-                raise ValueError("key_scale must be positive and finite everywhere")
-            if hadamard:
-                raise ValueError("keys are either scaled or rotated: give key_scale or hadamard, not both")
-        if key_clip is not None:
-            if tuple(key_clip.shape) != (layers, h):
-                raise ValueError(f"key_clip must have shape {(layers, h)}, got {tuple(key_clip.shape)}")
-            key_clip = key_clip.to(device=device, dtype=torch.float32).contiguous()
-            if not bool(((key_clip > 0) & (key_clip <= 1)).all()):
-                raise ValueError("key_clip must be above 0 and at most 1 everywhere")
 
         def arena(side: int) -> torch.Tensor:
             n = counts[0 if group.shared else side] * UNITS_PER_SUPERBLOCK * shape.unit_bytes
@@ -164,10 +134,7 @@ class GroupStorage:
             arenas=(arena(0), arena(1)),
             meta=(side_array(0), side_array(1)),
             table=torch.full((arenas_n, num_pages + 1), UNMAPPED, dtype=torch.int32, device=device),
-            key_scale=key_scale,
-            rotation=query_rotation(d, dtype, device) if hadamard and group.k_final < 16 else None,
-            key_clip=key_clip,
-            clip_edge=None if key_clip is None else clip_edges(key_clip),
+            coding=(coding or Coding()).for_group(group, shape, device),
             clipped_groups=torch.zeros((), dtype=torch.int64, device=device),
             dropped_rows=torch.zeros((), dtype=torch.int64, device=device),
             unmapped_reads=torch.zeros((), dtype=torch.int64, device=device),
@@ -247,42 +214,32 @@ class GroupStorage:
         """Bytes of all tensors that hold KV, (zero, range) or page tables.
 
         This is what the byte budget pays for, and equals the group's share of
-        ``PoolGeometry.total_bytes``. Calibration constants are in ``constant_bytes``.
+        ``PoolGeometry.total_bytes``. Tensors of the coding do not grow with the pool and are not in it.
         """
         tensors = [*self.arenas, self.table, *(m for m in self.meta if m is not None)]
         return sum(t.numel() * t.element_size() for t in tensors)
-
-    @property
-    def constant_bytes(self) -> int:
-        """Bytes of what does not depend on the number of pages: key scales, rotation, clip factors, counters."""
-        constants = (self.key_scale, self.rotation, self.key_clip, self.clip_edge)
-        counters = (self.clipped_groups, self.dropped_rows, self.unmapped_reads)
-        return sum(t.nbytes for t in (*constants, *counters) if t is not None)
 
 
 def allocate_pool(
     geometry: PoolGeometry,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    key_scales: Sequence[torch.Tensor | None] | None = None,
-    key_clips: Sequence[torch.Tensor | None] | None = None,
-    hadamard: bool = False,
+    codings: Sequence[Coding] | None = None,
 ) -> tuple[GroupStorage, ...]:
     """One ``GroupStorage`` per layer group of a geometry; their ``nbytes`` sum to ``total_bytes``.
 
     Args:
-        key_scales: per group, fp32 ``[L, H, D]`` or None.
-        key_clips: per group, fp32 ``[L, H]`` or None.
-        hadamard: rotate keys before they are quantized; then no group has key scales.
+        codings: per group; None codes keys and values as they are.
+
+    Raises:
+        ValueError: another number of codings than of groups; see ``GroupStorage.allocate``.
     """
-    scales = [None] * len(geometry.groups) if key_scales is None else list(key_scales)
-    shares = [None] * len(geometry.groups) if key_clips is None else list(key_clips)
-    for name, given in (("key scales", scales), ("clip factors", shares)):
-        if len(given) != len(geometry.groups):
-            raise ValueError(f"expected {len(geometry.groups)} {name}, got {len(given)}")
+    given = [Coding()] * len(geometry.groups) if codings is None else list(codings)
+    if len(given) != len(geometry.groups):
+        raise ValueError(f"expected {len(geometry.groups)} codings, got {len(given)}")
     pool = tuple(
-        GroupStorage.allocate(geometry.shape, g, n, geometry.num_pages, dtype, device, s, c, hadamard)
-        for g, n, s, c in zip(geometry.groups, geometry.superblocks, scales, shares, strict=True)
+        GroupStorage.allocate(geometry.shape, g, n, geometry.num_pages, dtype, device, c)
+        for g, n, c in zip(geometry.groups, geometry.superblocks, given, strict=True)
     )
     assert sum(s.nbytes for s in pool) == geometry.total_bytes
     assert all(len(s.arenas) == len(SIDES) for s in pool)

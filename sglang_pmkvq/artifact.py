@@ -19,14 +19,22 @@ from typing import Any
 
 import numpy as np
 
-from sglang_pmkvq.formats import GROUP_SIZES, HEAD_DIMS, TIERS, LayerGroup, PageShape, groups_from_finals, page_bytes
+from sglang_pmkvq.formats import (
+    GROUP_SIZES,
+    HEAD_DIMS,
+    KEY_TRANSFORMS,
+    TIERS,
+    LayerGroup,
+    PageShape,
+    groups_from_finals,
+    page_bytes,
+)
 
 # 2 added the tensor ``key_clip``; files of schema 1 have none and are read as they are. A transform needs no new
 # number: a reader refuses those that it does not know.
 SCHEMA = 2
 READ_SCHEMAS = (1, 2)
 METADATA_KEY = "pmkvq"
-TRANSFORMS = ("none", "scale", "hadamard")
 
 # What decides keys, values and their shapes. Names that configurations of one architecture share.
 _FACTS = (
@@ -97,11 +105,6 @@ class Calibration:
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
         return groups_from_finals(list(self.finals))
-
-    @property
-    def hadamard(self) -> bool:
-        """Whether keys are rotated before they are quantized."""
-        return self.transform == "hadamard"
 
     @property
     def mean_bits(self) -> float:
@@ -313,7 +316,7 @@ def _validate(c: Calibration, name: str) -> None:
         problems.append(f"head_dim must be one of {HEAD_DIMS}, got {c.head_dim}")
     if c.group_size not in GROUP_SIZES or c.head_dim % c.group_size:
         problems.append(f"group size {c.group_size} does not fit head_dim {c.head_dim}")
-    if c.transform not in TRANSFORMS:
+    if c.transform not in KEY_TRANSFORMS:
         problems.append(f"unknown transform {c.transform!r}")
     if (c.transform == "scale") != ("key_scale" in c.tensors):
         problems.append(f"transform {c.transform!r} and tensors {sorted(c.tensors)} disagree")

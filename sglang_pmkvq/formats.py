@@ -15,27 +15,46 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
+# Powers of two, each half of the one before, and nothing else: a block splits into two of the next tier (buddy
+# allocation), codes shrink by the equivalent right shift 2b -> b without their values, and a byte holds whole codes.
 TIERS: tuple[int, ...] = (16, 8, 4, 2)
-MIN_TIER = 2
-UNITS_PER_SUPERBLOCK = 16 // MIN_TIER
+MIN_TIER = TIERS[-1]
+UNITS_PER_SUPERBLOCK = TIERS[0] // MIN_TIER
 PAGE_SIZES: tuple[int, ...] = (16, 32, 64)
 GROUP_SIZES: tuple[int, ...] = (32, 64, 128)
 HEAD_DIMS: tuple[int, ...] = (64, 128, 256)
 
-# A page-table entry is one int32: ``unit << STEP_BITS | step``; UNMAPPED where the page is free.
-STEP_BITS = 2
+# What may be done to keys before they become codes (``kernels/coding.py``), and what of it needs no calibration.
+KEY_TRANSFORMS: tuple[str, ...] = ("none", "scale", "hadamard")
+DATA_FREE_TRANSFORMS: tuple[str, ...] = ("none", "hadamard")
+
+# A page-table entry is one int32: ``unit << STEP_BITS | step``; UNMAPPED, all bits set, where the page is free.
+STEP_BITS = (len(TIERS) - 1).bit_length()
 STEP_MASK = (1 << STEP_BITS) - 1
 UNMAPPED = -1
 MAX_UNITS = 1 << (31 - STEP_BITS)
 
 K, V = 0, 1
 SIDES: tuple[int, ...] = (K, V)
-SIDE_NAMES = ("k", "v")
 
 # Bytes of one (zero, range) pair: two fp16.
 META_PAIR_BYTES = 4
 ENTRY_BYTES = 4
+
+
+def check_tiers(tiers: tuple[int, ...]) -> None:
+    """Raise unless every tier but the first is half of the one before; the arithmetic here knows no others.
+
+    Raises:
+        ValueError: they are not; names them.
+    """
+    if tiers[0] != 16 or any(2 * low != high for high, low in pairwise(tiers)):
+        raise ValueError(f"tiers must start at 16 and halve (blocks split in two, codes shift 2b -> b), got {tiers}")
+
+
+check_tiers(TIERS)
 
 
 def tier_units(tier: int) -> int:

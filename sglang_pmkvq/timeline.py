@@ -18,9 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-SCHEMA = 1
+from sglang_pmkvq.formats import TIERS
+
+SCHEMA = 2
 SCHEMA_KEY = "pmkvq_timeline"
-TIER_KEYS = ("16", "8", "4", "2")
+# What files of schema 1 called ``pool_bytes``: of a row, and of the header.
+_SCHEMA_1_ROW, _SCHEMA_1_HEADER = "arena_bytes", "storage_bytes"
+TIER_KEYS = tuple(map(str, TIERS))
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +133,6 @@ class TimelineWriter:
     def failed(self) -> bool:
         """True after a write error or ``close``: nothing is written any more."""
         return self._file is None
-
-    def due(self) -> bool:
-        """True if a row recorded now would be written now: lets a caller not even build the others.
-
-        Whoever skips rows by this records one more when serving pauses, else the end is missing.
-        """
-        return self._file is not None and self._clock() - self._last_row >= self._interval
 
     def record(self, row: Row) -> None:
         """Keep one state of the pool; ``t`` (seconds since start) is filled in if it is absent."""
@@ -248,14 +245,19 @@ def read_timeline(path: str | os.PathLike[str]) -> Timeline:
     header = _parse(lines[0])
     if header is None or SCHEMA_KEY not in header:
         raise ValueError(f"{os.fspath(path)} is not a timeline written by --pmkvq-timeline")
-    if header[SCHEMA_KEY] != SCHEMA:
-        raise ValueError(f"{os.fspath(path)}: expected timeline schema {SCHEMA}, got {header[SCHEMA_KEY]!r}")
+    schema = header[SCHEMA_KEY]
+    if schema not in (1, SCHEMA):
+        raise ValueError(f"{os.fspath(path)}: expected timeline schema 1 or {SCHEMA}, got {schema!r}")
+    if schema == 1:
+        header = _renamed(header, _SCHEMA_1_HEADER)
     rows: list[Row] = []
     events: list[Row] = []
     for number, line in enumerate(lines[1:], start=2):
         if not line.strip():
             continue
         entry = _parse(line)
+        if entry is not None and schema == 1:
+            entry = _renamed(entry, _SCHEMA_1_ROW)
         if entry is not None and _is_event(entry):
             events.append(entry)
         elif entry is not None and _is_row(entry):
@@ -267,6 +269,11 @@ def read_timeline(path: str | os.PathLike[str]) -> Timeline:
     rows.sort(key=lambda row: row["t"])
     events.sort(key=lambda event: event["t"])
     return Timeline(header, rows, events)
+
+
+def _renamed(entry: Row, name: str) -> Row:
+    """An entry of schema 1 as of today's."""
+    return {name if key == "pool_bytes" else key: value for key, value in entry.items()}
 
 
 def _parse(line: bytes) -> Row | None:
@@ -290,6 +297,6 @@ def _is_row(entry: Row) -> bool:
     return (
         isinstance(tiers, dict)
         and all(_is_number(tiers.get(key)) for key in TIER_KEYS)
-        and all(_is_number(entry.get(key)) for key in ("t", "pool_bytes", "used_bytes"))
+        and all(_is_number(entry.get(key)) for key in ("t", "arena_bytes", "used_bytes"))
         and (entry.get("effective_bits") is None or _is_number(entry["effective_bits"]))
     )

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from sglang_pmkvq.formats import SIDES, STEP_BITS, STEP_MASK, K, tier_units
-from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
+from sglang_pmkvq.formats import KEY_TRANSFORMS, SIDES, STEP_BITS, STEP_MASK, K, tier_units
+from sglang_pmkvq.kernels.coding import Hadamard, Scaled
 from sglang_pmkvq.kernels.reference import attention as ref_attention
 from sglang_pmkvq.kernels.reference import codes as ref_codes
 from sglang_pmkvq.kernels.reference.inputs import Inputs
 from sglang_pmkvq.kernels.storage import GroupStorage
+from sglang_pmkvq.kernels.torch_kernels import TorchKernels
 
 # fp32 against fp32 on the same dequantized values: only the order of operations differs, see ``rounding``.
 # Plus one rounding of the output to its dtype (half a unit in the last place, doubled).
 OUTPUT_RTOL = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8 + 1e-5, torch.float16: 2.0**-11 + 1e-5}
+
+# Key transform, and whether 2-bit codes of keys span a clipped range.
+TRANSFORMS = [(name, clip) for name in KEY_TRANSFORMS for clip in (False, True)]
 
 
 def reference_of(inputs: Inputs, layer: int, request: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,9 +38,10 @@ def rounding(
     keys are rotated the rotated q and K stand in place of q·s and K/s.
     """
     per_head = q.shape[1] // k.shape[1]
-    s = torch.ones(k.shape[1:]) if inputs.storage.key_scale is None else inputs.storage.key_scale[layer]
+    transform = inputs.storage.coding.key_transform
+    s = transform.scale[layer] if isinstance(transform, Scaled) else torch.ones(k.shape[1:])
     q = q.float()
-    if inputs.storage.rotation is not None:
+    if isinstance(transform, Hadamard):
         k, q = ref_codes.rotated_keys(k), ref_codes.unrotated_keys(q)
     keys = (k / s).abs().amax(dim=(0, 2)).repeat_interleave(per_head)
     queries = (q * s.repeat_interleave(per_head, dim=0)).abs().sum(-1)
@@ -49,7 +54,7 @@ def check_decode(
 ) -> None:
     """Decode of all requests and layers, output and LSE, against the reference."""
     scale = inputs.storage.shape.head_dim**-0.5
-    wrapper = MixedKVDecodeWrapper(use_stock=use_stock)
+    wrapper = TorchKernels().decode(use_stock=use_stock)
     wrapper.plan(inputs.storage, inputs.req_pages, inputs.kv_lens)
     q = inputs.q.to(dtype)
     for layer in range(inputs.storage.num_layers):
@@ -67,7 +72,7 @@ def check_decode(
 def check_extend(inputs: Inputs, prefix_lens: list[int], logit_cap: float = 0.0, use_stock: bool = False) -> None:
     """Extend of all requests and layers in fp32, output and LSE, against the reference."""
     scale = inputs.storage.shape.head_dim**-0.5
-    wrapper = MixedKVExtendWrapper(use_stock=use_stock)
+    wrapper = TorchKernels().extend(use_stock=use_stock)
     wrapper.plan(inputs.storage, inputs.req_pages, torch.tensor(prefix_lens), torch.tensor(inputs.kv_lens))
     lengths = [n - p for n, p in zip(inputs.kv_lens, prefix_lens, strict=True)]
     q = torch.randn(sum(lengths), *inputs.q.shape[1:], generator=torch.Generator().manual_seed(1))
@@ -105,14 +110,15 @@ def check_page_layout(inputs: Inputs, page: int) -> None:
                 want16 = inputs.written[side][layer, page * p : (page + 1) * p].contiguous()
                 assert torch.equal(raw, want16.view(torch.uint8).flatten())
                 continue
-            if side == K and storage.key_scale is not None:
-                x = x / storage.key_scale[layer][:, None, :]
-            if side == K and storage.rotation is not None:
+            transform, key_clip = storage.coding.key_transform, storage.coding.key_clip
+            if side == K and isinstance(transform, Scaled):
+                x = x / transform.scale[layer][:, None, :]
+            if side == K and isinstance(transform, Hadamard):
                 x = ref_codes.rotated_keys(x)
             codes = torch.zeros(x.shape, dtype=torch.int64)
             meta = torch.zeros(x.shape[0], x.shape[2] // g, p, 2, dtype=torch.float16)
             for h in range(x.shape[0]):
-                clip = 1.0 if side != K or storage.key_clip is None else float(storage.key_clip[layer, h])
+                clip = 1.0 if side != K or key_clip is None else float(key_clip[layer, h])
                 for t in range(p):
                     for i in range(x.shape[2] // g):
                         got, zero, span = ref_codes.quantize_group(x[h, t, i * g : (i + 1) * g])

@@ -392,12 +392,12 @@ class World:
             return
         self.replay.run(batch, self.born)
         self.born.clear()
-        self.replay.check(self.ledger.book.classes != FREE)
+        self.replay.check(self.ledger.book.cls_np != FREE)
 
     # ------------------------------------------------------------ checks
 
     def _snapshot(self) -> tuple[list[np.ndarray], np.ndarray]:
-        return [group.steps.copy() for group in self.ledger.groups], self.ledger.book.gens.copy()
+        return [group.step_np.copy() for group in self.ledger.groups], self.ledger.book.gen_np.copy()
 
     def _check(self, before: tuple[list[np.ndarray], np.ndarray], op: str) -> None:
         ledger = self.ledger
@@ -409,14 +409,14 @@ class World:
             live.update(request.pages)
             assert ledger.pages_of(request.slot).tolist() == request.pages
             assert ledger.requests.tokens[request.slot] == request.length
-        assert live == set(np.flatnonzero(book.classes != FREE).tolist())
+        assert live == set(np.flatnonzero(book.cls_np != FREE).tolist())
         assert ledger.free_page_count == ledger.num_pages + 1 - len(live)
         steps, gens = before
-        cls = book.classes
+        cls = book.cls_np
         ages = np.frombuffer(book.age, np.int64)
         for index, group in enumerate(ledger.groups):
-            same = (gens == book.gens) & (steps[index] >= 0) & (group.steps >= 0)
-            was, now = steps[index], group.steps
+            same = (gens == book.gen_np) & (steps[index] >= 0) & (group.step_np >= 0)
+            was, now = steps[index], group.step_np
             assert (now[same] >= was[same]).all(), "a page gained precision"
             shrunk = same & (now > was)
             assert not (shrunk & (cls == HARD)).any(), "a hard-protected page shrank"

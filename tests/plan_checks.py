@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from sglang_pmkvq.formats import STEP_BITS, STEP_MASK
-from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, plan_launches, step_costs, token_tile
+from sglang_pmkvq.kernels.attention import PageSource
+from sglang_pmkvq.kernels.device_plan import PlanBuffers, plan_launches, step_costs, token_tile
 from sglang_pmkvq.kernels.reference.inputs import Inputs
 from sglang_pmkvq.kernels.storage import GroupStorage
 from tests.triton_checks import on_device

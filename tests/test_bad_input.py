@@ -21,18 +21,11 @@ from sglang.srt.arg_groups.arg_utils import add_cli_args_from_dataclass
 from sglang.srt.server_args import ServerArgs
 
 from benchmarks.serving import REASONER, ROOT
-from sglang_pmkvq.config import (
-    PmkvqConfigError,
-    Protection,
-    check_flags,
-    choose_geometry,
-    limits_for,
-    page_shape,
-    parse_final_bits,
-    parse_size,
-)
 from sglang_pmkvq.formats import groups_from_finals
-from sglang_pmkvq.server_args import PmkvqServerArgs
+from sglang_pmkvq.ledger import PolicyConfig
+from sglang_pmkvq.serving.config import PmkvqConfigError, check_flags, parse_final_bits, parse_size
+from sglang_pmkvq.serving.server_args import PmkvqServerArgs
+from sglang_pmkvq.serving.sizing import choose_geometry, limits_for, page_shape
 from sglang_pmkvq.timeline import TimelineWriter, rank_path
 
 CONTEXT = json.loads((REASONER / "config.json").read_text())["max_position_embeddings"]
@@ -138,11 +131,13 @@ def test_pool_smaller_than_one_request(budget: int) -> None:
     """Also when it is the window that does not fit: then the message names that flag too."""
     shape = page_shape(16, 1, 128, None)
     groups = groups_from_finals([(4, 4)] * 6)
-    for protection in (Protection(128, 1, False), Protection(4096, 1, True)):
-        limits = limits_for(8, 256, 16, protection)
+    soft = PolicyConfig(window_tokens=128, sink_tokens=1, protect="soft")
+    hard = PolicyConfig(window_tokens=4096, sink_tokens=1, protect="hard")
+    for policy in (soft, hard):
+        limits = limits_for(8, 256, 16, policy)
         with pytest.raises(PmkvqConfigError, match="--pmkvq-pool-bytes: .*the smallest pool that works is") as error:
             choose_geometry(shape, groups, budget, limits)
-        assert ("--pmkvq-window" in str(error.value)) == protection.hard
+        assert ("--pmkvq-window" in str(error.value)) == (policy is hard)
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -194,7 +189,7 @@ def limited(code: str, folder: Path, size: int) -> subprocess.CompletedProcess[s
 def test_full_disk_leaves_no_part_of_a_calibration(tmp_path: Path) -> None:
     """An old file stays whole, and the command ends with one sentence."""
     code = (
-        "import sys; from pathlib import Path; from sglang_pmkvq import artifact, cli\n"
+        "import sys; from pathlib import Path; from sglang_pmkvq import artifact; from sglang_pmkvq.tools import cli\n"
         "from tests.test_artifact import example\n"
         "cli._inspect = lambda args, extra: artifact.save(example(), Path(args.file))\n"
         "sys.exit(cli.main(['inspect', sys.argv[1] + '/a.safetensors']))"
@@ -211,10 +206,10 @@ def test_full_disk_in_a_report(tmp_path: Path) -> None:
     writer = TimelineWriter(tmp_path / "t", {})
     for tick in range(3):
         tiers = {"16": 1 << 20, "8": 0, "4": 0, "2": 0}
-        writer.record({"tick": tick, "bytes": tiers, "pool_bytes": 2 << 20, "used_bytes": 1 << 20})
+        writer.record({"tick": tick, "bytes": tiers, "arena_bytes": 2 << 20, "used_bytes": 1 << 20})
     writer.close()
     code = (
-        "import sys; from sglang_pmkvq import cli\n"
+        "import sys; from sglang_pmkvq.tools import cli\n"
         "sys.exit(cli.main(['report', sys.argv[1] + '/t', '--out', sys.argv[1] + '/t.png']))"
     )
     done = limited(code, tmp_path, 4096)

@@ -17,8 +17,8 @@ from benchmarks import accuracy, report, tasks
 from benchmarks.methods import bytes_per_token, extra_args, label, methods
 from benchmarks.result import Results, wilson
 from benchmarks.serving import REASONER, ROOT, ServerFailed
-from sglang_pmkvq import cli
-from sglang_pmkvq.cli import BENCHES
+from sglang_pmkvq.tools import cli
+from sglang_pmkvq.tools.cli import BENCHES
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_every_benchmark_is_there() -> None:
 
 def test_bench_runs_the_repository_from_anywhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "sglang_pmkvq.cli", "bench", "accuracy", "--help"],
+        [sys.executable, "-m", "sglang_pmkvq.tools.cli", "bench", "accuracy", "--help"],
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "--share" in done.stdout

@@ -15,6 +15,7 @@ from sglang_pmkvq.calib import reparam, sensitivity
 from sglang_pmkvq.calib.corpus import Sample
 from sglang_pmkvq.calib.model import CalibrationModel, observing
 from sglang_pmkvq.calib.positions import MODES, parse_effective_lens, stretched_positions, turn
+from sglang_pmkvq.kernels.coding import Coding, Hadamard, KeyTransform, Scaled
 from sglang_pmkvq.kernels.reference.attention import attention
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 from tests.support.models import make_model
@@ -67,7 +68,8 @@ def test_taylor_is_the_papers_formula(model: CalibrationModel, sample: Sample) -
     scales = torch.rand(3, model.layers, model.kv_heads, model.head_dim) + 0.5
     clips = torch.rand(model.layers, model.kv_heads) * 0.5 + 0.5
     state = sensitivity.taylor_state(model.layers)
-    sensitivity.observe_taylor(model, sample, scales, clips, False, GROUP, state)
+    codings = [Coding(Scaled(scale), clips) for scale in scales]
+    sensitivity.observe_taylor(model, sample, codings, GROUP, state)
 
     kept: list[list[torch.Tensor]] = []
 
@@ -89,8 +91,8 @@ def test_taylor_is_the_papers_formula(model: CalibrationModel, sample: Sample) -
             x = kept[layer][side]
             for place, bits in enumerate(sensitivity.WIDTHS):
                 scale = scales[place, layer][:, None] if side == 0 else torch.ones(())
-                clip = clips[layer][:, None] if side == 0 and bits == 2 else None
-                q = fake_quantize(x.detach() / scale, bits, GROUP, None, clip) * scale
+                clip = clips[layer] if side == 0 and bits == 2 else None
+                q = fake_quantize(x.detach() / scale, bits, GROUP, Coding(key_clip=clip)) * scale
                 want = float((x.grad * (x.detach() - q)).abs().sum())  # type: ignore[operator]
                 assert float(state["taylor"][layer, side, place]) == pytest.approx(want, rel=2e-3)
     assert int(state["targets"]) == LENGTH - first
@@ -98,9 +100,10 @@ def test_taylor_is_the_papers_formula(model: CalibrationModel, sample: Sample) -
 
 @pytest.mark.parametrize("hadamard", [False, True])
 def test_kl_is_that_of_a_whole_forward(model: CalibrationModel, sample: Sample, hadamard: bool) -> None:
+    transform = Hadamard(model.head_dim) if hadamard else KeyTransform()
     state = {"kl": torch.zeros(model.layers, 2, 3, dtype=torch.float64)}
     clips = torch.rand(model.layers, model.kv_heads, generator=torch.Generator().manual_seed(3)) * 0.5 + 0.5
-    sensitivity.observe_kl(model, sample, None, clips, hadamard, GROUP, state)
+    sensitivity.observe_kl(model, sample, [Coding(transform, clips)] * 3, GROUP, state)
     tokens = torch.from_numpy(sample.tokens)[None]
     rows = slice(sample.first_target - 1, LENGTH - 1)
     with torch.no_grad():
@@ -113,8 +116,8 @@ def test_kl_is_that_of_a_whole_forward(model: CalibrationModel, sample: Sample, 
                 ) -> tuple[torch.Tensor, torch.Tensor]:
                     pair = [k, v]
                     if at == layer:
-                        clip = clips[layer][:, None] if side == 0 else None
-                        pair[side] = fake_quantize(pair[side], 2, GROUP, None, clip, hadamard and side == 0)
+                        coding = Coding(transform, clips[layer]) if side == 0 else None
+                        pair[side] = fake_quantize(pair[side], 2, GROUP, coding)
                     return pair[0], pair[1]
 
                 with observing(low):
@@ -126,8 +129,8 @@ def test_kl_is_that_of_a_whole_forward(model: CalibrationModel, sample: Sample, 
 def test_taylor_of_rotated_keys(model: CalibrationModel, sample: Sample) -> None:
     """Keys alone are quantized otherwise; the gradient is of the keys themselves."""
     plain, rotated = (sensitivity.taylor_state(model.layers) for _ in range(2))
-    for hadamard, state in ((False, plain), (True, rotated)):
-        sensitivity.observe_taylor(model, sample, None, None, hadamard, GROUP, state)
+    for transform, state in ((KeyTransform(), plain), (Hadamard(model.head_dim), rotated)):
+        sensitivity.observe_taylor(model, sample, [Coding(transform)] * 3, GROUP, state)
     assert torch.equal(plain["taylor"][:, 1], rotated["taylor"][:, 1])
     ratio = rotated["taylor"][:, 0] / plain["taylor"][:, 0]
     assert (ratio != 1).all() and (ratio > 0.5).all() and (ratio < 2).all()
@@ -217,7 +220,8 @@ def test_alpha_error_is_that_of_the_reference_attention(model: CalibrationModel,
         q, k, v = seen[layer]
         s = key_max[layer] ** reparam.ALPHAS[index]
         s /= s.log().mean(-1, keepdim=True).exp()  # a common factor moves fp16 ranges and so a few codes
-        low = fake_quantize(k / s, 2, GROUP, None, clips[layer]) * s
+        coding = Coding(key_clip=clips[layer])
+        low = fake_quantize((k / s).transpose(0, 1), 2, GROUP, coding).transpose(0, 1) * s
         out = attention(q, low, fake_quantize(v, 4, GROUP), model.head_dim**-0.5, prefix_len=0)[0]
         want = (out - attention(q, k, v, model.head_dim**-0.5, prefix_len=0)[0]).square().sum((0, 2))
         per_head = want.view(model.kv_heads, -1).sum(1)
@@ -231,7 +235,8 @@ def test_clip_error_is_that_of_the_reference_attention(
     """Keys at 2 bits, values exact, and only in the layers asked for."""
     scales = None if hadamard else torch.rand(model.layers, model.kv_heads, model.head_dim) + 0.5
     error = torch.zeros(model.layers, model.kv_heads, len(reparam.CLIPS), dtype=torch.float64)
-    reparam.observe_clips(model, sample, [1], scales, hadamard, GROUP, {"error": error})
+    transform = Hadamard(model.head_dim) if scales is None else Scaled(scales)
+    reparam.observe_clips(model, sample, [1], transform, GROUP, {"error": error})
     seen: list[tuple[torch.Tensor, ...]] = []
 
     def observer(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,7 +248,8 @@ def test_clip_error_is_that_of_the_reference_attention(
     q, k, v = seen[1]
     for index in (0, 5, 12):
         s = torch.ones(()) if scales is None else scales[1]
-        low = fake_quantize(k / s, 2, GROUP, None, torch.tensor(reparam.CLIPS[index]), hadamard) * s
+        coding = Coding(transform if hadamard else KeyTransform(), torch.full((model.kv_heads,), reparam.CLIPS[index]))
+        low = fake_quantize((k / s).transpose(0, 1), 2, GROUP, coding).transpose(0, 1) * s
         out = attention(q, low, v, model.head_dim**-0.5, prefix_len=0)[0]
         want = (out - attention(q, k, v, model.head_dim**-0.5, prefix_len=0)[0]).square().sum((0, 2))
         assert torch.allclose(error[1, :, index].float(), want.view(model.kv_heads, -1).sum(1), rtol=0.05)
@@ -252,9 +258,13 @@ def test_clip_error_is_that_of_the_reference_attention(
 
 def test_the_clip_factor_of_a_normal_distribution() -> None:
     """Four levels of least squared error for a normal variable are 0.996 σ apart (Max 1960); codes cover that."""
+
+    def clipped(share: float) -> Coding:
+        return Coding(key_clip=torch.tensor([share]))
+
     x = torch.randn(4000, 128, generator=torch.Generator().manual_seed(0))
     errors = torch.tensor(
-        [float((fake_quantize(x, 2, 128, None, torch.tensor(c)) - x).square().mean()) for c in reparam.CLIPS]
+        [float((fake_quantize(x[None], 2, 128, clipped(c))[0] - x).square().mean()) for c in reparam.CLIPS]
     )
     clip = float(reparam.best_clips(errors))
     span = float((x.amax(1) - x.amin(1)).mean())

@@ -18,22 +18,24 @@ from sglang_pmkvq.calib import run as calib_run
 from sglang_pmkvq.calib import sensitivity
 from sglang_pmkvq.calib.run import Settings, calibrate
 from sglang_pmkvq.calib.show import table
-from sglang_pmkvq.calibration import (
-    NORMAL_CLIPS,
-    group_key_clips,
-    group_key_scales,
-    layer_finals,
-    load_for,
-    normal_key_clips,
-    plain_two_bit_keys,
-    rank_heads,
-)
-from sglang_pmkvq.cli import build_parser, main
-from sglang_pmkvq.config import Limits, PmkvqConfigError
-from sglang_pmkvq.formats import GROUP_SIZES, PageShape, geometry_for_pages, groups_from_finals
+from sglang_pmkvq.formats import GROUP_SIZES, LayerGroup, PageShape, geometry_for_pages, groups_from_finals
+from sglang_pmkvq.kernels.coding import NORMAL_CLIPS, Coding, Hadamard, KeyTransform, Scaled
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 from sglang_pmkvq.ledger import PolicyConfig
-from sglang_pmkvq.pool import MixedPrecisionTokenPool, PoolSetup
+from sglang_pmkvq.serving.calibration import load_for
+from sglang_pmkvq.serving.config import PmkvqConfigError
+from sglang_pmkvq.serving.configuration import (
+    PLAIN_TWO_BIT_KEYS,
+    Configuration,
+    layer_finals,
+    rank_heads,
+    read_configuration,
+)
+from sglang_pmkvq.serving.engine import ModelFacts
+from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool
+from sglang_pmkvq.serving.pool_setup import PoolSetup
+from sglang_pmkvq.serving.sizing import Limits
+from sglang_pmkvq.tools.cli import build_parser, main
 from tests.support.models import make_model
 
 
@@ -41,6 +43,12 @@ def token_file(path: Path, rows: int = 6, length: int = 40) -> Path:
     rng = np.random.default_rng(0)
     path.write_text("\n".join(json.dumps({"input_ids": rng.integers(2, 512, length).tolist()}) for _ in range(rows)))
     return path
+
+
+def codings_of(
+    calibration: artifact.Calibration, groups: tuple[LayerGroup, ...], heads: slice = slice(0, 4)
+) -> list[Coding]:
+    return [Coding.from_calibration(calibration, group.layers, heads) for group in groups]
 
 
 def settings(model: Path, data: Path, **changes: Any) -> Settings:
@@ -160,7 +168,7 @@ def test_transform_none_and_16_bit_layers(small: tuple[Path, Path], tmp_path: Pa
     assert "key_scale" not in got.tensors
     assert {bits for pair in got.finals for bits in pair} == {2, 16}
     groups = groups_from_finals(list(got.finals))
-    assert group_key_scales(got, groups, slice(0, 4)) == (None,) * len(groups)
+    assert [c.key_transform for c in codings_of(got, groups)] == [KeyTransform()] * len(groups)
 
 
 def test_rotated_keys(small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,10 +185,10 @@ def test_rotated_keys(small: tuple[Path, Path], tmp_path: Path, monkeypatch: pyt
         assert np.array_equal(got.tensors[name][:, 1], plain.tensors[name][:, 1]), name
     assert not np.array_equal(got.tensors["key_clip"], plain.tensors["key_clip"])
     read = artifact.load(tmp_path / "hadamard")
-    assert read.hadamard and not plain.hadamard
+    assert (read.transform, plain.transform) == ("hadamard", "none")
     assert read.summary()["transform"] == "hadamard" and read.summary()["clipped"]
     assert "transform        hadamard" in table(read)
-    assert group_key_scales(read, read.groups, slice(0, 4)) == (None,) * len(read.groups)
+    assert [c.key_transform for c in codings_of(read, read.groups)] == [Hadamard(64)] * len(read.groups)
 
 
 def test_without_clipping(small: tuple[Path, Path], tmp_path: Path) -> None:
@@ -188,7 +196,7 @@ def test_without_clipping(small: tuple[Path, Path], tmp_path: Path) -> None:
     model, data = small
     got = calibrate(settings(model, data, clip=False), tmp_path / "a", quiet=True)
     assert any(k == 2 for k, _ in got.finals) and "key_clip" not in got.tensors
-    assert group_key_clips(got, got.groups, slice(0, 4)) == (None,) * len(got.groups)
+    assert [c.key_clip for c in codings_of(got, got.groups)] == [None] * len(got.groups)
     assert got.summary()["clipped"] is False
     wide = calibrate(settings(model, data, widths=(4, 8), target="5"), tmp_path / "b", quiet=True)
     assert "key_clip" not in wide.tensors
@@ -262,7 +270,7 @@ def calibration(small: tuple[Path, Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def arguments(model: Path, path: Path, **flags: Any) -> Any:
-    from sglang_pmkvq.server_args import PmkvqServerArgs
+    from sglang_pmkvq.serving.server_args import PmkvqServerArgs
 
     return PmkvqServerArgs(
         model_path=str(model), device="cpu", kv_quant="pmkvq", pmkvq_calibration=str(path),
@@ -297,44 +305,60 @@ def test_clip_factors_of_normal_variates(channels: int) -> None:
     """Of the hundredths those of least squared error; the error is flat there, so one more is allowed for chance."""
     x = torch.randn(4000, channels, generator=torch.Generator().manual_seed(channels))
     shares = [i / 100 for i in range(50, 91)]
-    errors = [(fake_quantize(x, 2, channels, None, torch.tensor(c)) - x).square().mean().item() for c in shares]
+    codings = [Coding(key_clip=torch.tensor([c])) for c in shares]
+    errors = [(fake_quantize(x[None], 2, channels, c)[0] - x).square().mean().item() for c in codings]
     assert abs(shares[int(np.argmin(errors))] - NORMAL_CLIPS[channels]) < 0.015
 
 
 @pytest.mark.parametrize(
-    ("calibration", "transform", "finals", "advised"),
+    ("file", "transform", "finals", "advised"),
     [
-        (None, None, [(4, 4), (2, 4)], True),
-        (None, None, [(4, 2), (4, 4)], False),
-        (None, "none", [(2, 2)], False),
-        (None, "hadamard", [(2, 2)], False),
-        ("file", None, [(2, 2)], False),
+        (False, None, [(4, 4), (2, 4)], True),
+        (False, None, [(4, 2), (4, 4)], False),
+        (False, "none", [(2, 2)], False),
+        (False, "hadamard", [(2, 2)], False),
+        (True, None, None, False),
     ],
 )
 def test_plain_two_bit_keys_are_advised_against(
-    calibration: str | None, transform: str | None, finals: list[tuple[int, int]], advised: bool
+    calibration: tuple[Path, Path],
+    file: bool,
+    transform: str | None,
+    finals: list[tuple[int, int]] | None,
+    advised: bool,
 ) -> None:
-    args = SimpleNamespace(pmkvq_calibration=calibration, pmkvq_key_transform=transform)
-    assert plain_two_bit_keys(args, groups_from_finals(finals)) is advised
+    args = SimpleNamespace(
+        page_size=16, pmkvq_calibration=str(calibration[1]) if file else None, pmkvq_key_transform=transform,
+        pmkvq_final_bits=None if finals is None else text_of(tuple(finals)), pmkvq_group_size=None,
+        pmkvq_policy="age", pmkvq_window=0, pmkvq_sink_tokens=0, pmkvq_protect="soft", pmkvq_min_active_bits=2,
+    )  # fmt: skip
+    layers = 3 if finals is None else len(finals)
+    facts = ModelFacts(layers, 4, 64, torch.bfloat16, torch.bfloat16, 0, None, (0, 1))
+    configuration = read_configuration(args, facts)
+    assert any(group.k_final == 2 for group in configuration.groups) or finals == [(4, 2), (4, 4)]
+    assert configuration.warnings == ((PLAIN_TWO_BIT_KEYS,) if advised else ())
 
 
 def test_rotation_without_a_calibration() -> None:
     """2-bit keys are clipped, wider ones are not; the summary says what is done."""
     groups = groups_from_finals([(2, 2), (4, 2), (16, 16), (2, 2)])
     shape = PageShape(16, 4, 64, 32)
-    clips = normal_key_clips(groups, shape)
+    codings = tuple(Coding.default("hadamard", len(g.layers), shape) for g in groups)
+    geometry = geometry_for_pages(shape, groups, 8, 2)
+    configuration = Configuration(shape, groups, codings, PolicyConfig())
+    setup = PoolSetup(configuration, geometry, Limits(1, 16, 2), geometry.total_bytes, 64)
+    pool = MixedPrecisionTokenPool(setup, 128, 16, torch.bfloat16, 4, 64, 4, "cpu", False)
+    clips = [s.coding.key_clip for s in pool.storages]
     assert [None if c is None else c.unique().tolist() for c in clips] == [
         [pytest.approx(NORMAL_CLIPS[32])] if g.k_final == 2 else None for g in groups
     ]
     assert clips[0] is not None and clips[0].shape == (2, 4)
-    geometry = geometry_for_pages(shape, groups, 8, 2)
-    limits = Limits(1, 16, 2)
-    setup = PoolSetup(geometry, PolicyConfig(), limits, geometry.total_bytes, 64, key_clips=clips, hadamard=True)
-    pool = MixedPrecisionTokenPool(setup, 128, 16, torch.bfloat16, 4, 64, 4, "cpu", False)
-    assert [s.rotation is None for s in pool.storages] == [g.k_final == 16 for g in groups]
-    assert setup.summary()["key_transform"] == "hadamard" and "key transform hadamard" in pool.log_line()
-    plain = dataclasses.replace(setup, key_clips=None, hadamard=False)
-    assert plain.summary()["key_transform"] == "none"
+    used = [s.coding.key_transform for s in pool.storages]
+    assert used == [KeyTransform() if g.k_final == 16 else Hadamard(64) for g in groups]
+    assert setup.summary()["key_transform"] == "hadamard" and "key transform hadamard" in setup.log_line()
+    configuration = dataclasses.replace(configuration, codings=(Coding(),) * len(groups))
+    plain = dataclasses.replace(setup, configuration=configuration)
+    assert plain.summary()["key_transform"] == "none" and "key transform" not in plain.log_line()
 
 
 def test_refused_before_memory_is_taken(calibration: tuple[Path, Path], tmp_path: Path) -> None:
@@ -363,16 +387,17 @@ def test_heads_of_a_rank(total: int, size: int, slices: list[tuple[int, int]]) -
 def test_key_scales_of_groups_and_ranks(calibration: tuple[Path, Path]) -> None:
     c = artifact.load(calibration[1])
     whole = torch.from_numpy(c.tensors["key_scale"])
-    for group, scale in zip(c.groups, group_key_scales(c, c.groups, slice(2, 4)), strict=True):
-        assert scale is not None
-        assert torch.equal(scale, whole[list(group.layers)][:, 2:4])
+    for group, coding in zip(c.groups, codings_of(c, c.groups, slice(2, 4)), strict=True):
+        assert isinstance(coding.key_transform, Scaled)
+        assert torch.equal(coding.key_transform.scale, whole[list(group.layers)][:, 2:4])
 
 
 def test_clip_factors_of_groups_and_ranks(calibration: tuple[Path, Path]) -> None:
     c = artifact.load(calibration[1])
     whole = torch.from_numpy(c.tensors["key_clip"])
     assert any(g.k_final == 2 for g in c.groups)
-    for group, clip in zip(c.groups, group_key_clips(c, c.groups, slice(2, 4)), strict=True):
+    for group, coding in zip(c.groups, codings_of(c, c.groups, slice(2, 4)), strict=True):
+        clip = coding.for_group(group, PageShape(16, 2, 64, 64), "cpu").key_clip
         if group.k_final != 2:
             assert clip is None
         else:
@@ -383,29 +408,27 @@ def test_pool_holds_the_scales_of_its_groups(calibration: tuple[Path, Path]) -> 
     """What start-up hands to the pool ends in the storage that codes are made and read with."""
     c = artifact.load(calibration[1])
     geometry = geometry_for_pages(PageShape(16, 4, 64, 64), c.groups, 8, 2)
-    scales = group_key_scales(c, c.groups, slice(0, 4))
-    clips = group_key_clips(c, c.groups, slice(0, 4))
-    setup = PoolSetup(
-        geometry, PolicyConfig(), Limits(1, 16, 2), geometry.total_bytes, 64, key_scales=scales, key_clips=clips,
-        calibration=c.summary(),
-    )  # fmt: skip
+    codings = tuple(codings_of(c, c.groups))
+    configuration = Configuration(geometry.shape, c.groups, codings, PolicyConfig(), c.summary())
+    setup = PoolSetup(configuration, geometry, Limits(1, 16, 2), geometry.total_bytes, 64)
     pool = MixedPrecisionTokenPool(setup, 128, 16, torch.bfloat16, 4, 64, c.num_layers, "cpu", False)
     for layer in range(c.num_layers):
         group, index = pool.place(layer)
-        held = pool.storages[group].key_scale
-        assert held is not None
-        assert np.array_equal(held[index].numpy(), c.tensors["key_scale"][layer])
-        clip = pool.storages[group].key_clip
+        held = pool.storages[group].coding.key_transform
+        assert isinstance(held, Scaled)
+        assert np.array_equal(held.scale[index].numpy(), c.tensors["key_scale"][layer])
+        clip = pool.storages[group].coding.key_clip
         if c.finals[layer][0] == 2:
             assert clip is not None and np.array_equal(clip[index].numpy(), c.tensors["key_clip"][layer])
         else:
             assert clip is None
-        assert pool.storages[group].rotation is None
-    assert "calibrated for" in pool.log_line()
+    assert "calibrated for" in setup.log_line()
     assert json.dumps(setup.summary())  # what /server_info sends
-    setup = dataclasses.replace(setup, key_scales=None, hadamard=True)
+    turned = tuple(dataclasses.replace(coding, key_transform=Hadamard(64)) for coding in codings)
+    setup = dataclasses.replace(setup, configuration=dataclasses.replace(configuration, codings=turned))
     rotated = MixedPrecisionTokenPool(setup, 128, 16, torch.bfloat16, 4, 64, c.num_layers, "cpu", False)
-    assert all((s.rotation is None) == (s.group.k_final == 16) for s in rotated.storages)
+    for storage in rotated.storages:
+        assert storage.coding.key_transform == (KeyTransform() if storage.group.k_final == 16 else Hadamard(64))
 
 
 def test_the_command_and_settings_have_the_same_defaults() -> None:

@@ -17,16 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from sglang_pmkvq import __version__, demo, doctor
-from sglang_pmkvq.cli import main
+from sglang_pmkvq import __version__
 from sglang_pmkvq.timeline import TimelineWriter
+from sglang_pmkvq.tools import demo, doctor
+from sglang_pmkvq.tools.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pmkvq(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "sglang_pmkvq.cli", *arguments],
+        [sys.executable, "-m", "sglang_pmkvq.tools.cli", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **(env or {})},
@@ -60,7 +61,7 @@ def test_wrong_arguments(arguments: list[str]) -> None:
 def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = TimelineWriter(tmp_path / "run.jsonl", {})
     tiers = {"16": 1024, "8": 0, "4": 0, "2": 0}
-    writer.record({"bytes": tiers, "pool_bytes": 4096, "used_bytes": 1024, "effective_bits": 16.0})
+    writer.record({"bytes": tiers, "arena_bytes": 4096, "used_bytes": 1024, "effective_bits": 16.0})
     writer.close()
     picture = tmp_path / "picture.svg"
     assert main(["report", str(tmp_path / "run.jsonl"), "--out", str(picture)]) == 0
@@ -255,7 +256,7 @@ def supervise(tmp_path: Path, kind: str, patience: float = 1.0) -> tuple[subproc
     script, pids = tmp_path / "server.py", tmp_path / "pids"
     script.write_text(SERVER)
     code = (
-        f"import sys; from sglang_pmkvq import demo; demo.STOP_TIMEOUT_S = {patience}\n"
+        f"import sys; from sglang_pmkvq.tools import demo; demo.STOP_TIMEOUT_S = {patience}\n"
         f"command = [sys.executable, {str(script)!r}, {str(port)!r}, {str(pids)!r}, {kind!r}]\n"
         f"sys.exit(demo._supervise(command, {{}}, 'http://127.0.0.1:{port}', [demo.Example('p', '#:1')]))"
     )

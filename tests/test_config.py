@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_pmkvq.config import (
+from sglang_pmkvq.formats import TIERS, check_tiers, groups_from_finals, hard_reserve_bytes, page_bytes, steps_of
+from sglang_pmkvq.ledger import PolicyConfig
+from sglang_pmkvq.serving.config import PmkvqConfigError, parse_final_bits, parse_size
+from sglang_pmkvq.serving.refusals import REFUSALS, check_refusals
+from sglang_pmkvq.serving.sizing import (
     HARD_RESERVE_SHARE,
     MIN_CHUNK_TOKENS,
     MIN_RUNNING_REQUESTS,
-    PmkvqConfigError,
-    Protection,
     choose_geometry,
     choose_limits,
     limits_for,
     page_shape,
-    parse_final_bits,
-    parse_size,
 )
-from sglang_pmkvq.formats import groups_from_finals, hard_reserve_bytes, page_bytes, steps_of
-from sglang_pmkvq.refusals import REFUSALS, check_refusals
 
-SOFT = Protection(window=128, sink_tokens=1, hard=False)
+SOFT = PolicyConfig(window_tokens=128, sink_tokens=1, protect="soft")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +63,13 @@ def test_final_bits() -> None:
 def test_bad_final_bits(text: str, says: str) -> None:
     with pytest.raises(PmkvqConfigError, match=says):
         parse_final_bits(text, 4)
+
+
+@pytest.mark.parametrize("tiers", [(16, 8, 4, 3), (16, 4), (8, 4)])
+def test_tiers_that_do_not_halve_from_16_are_refused(tiers: tuple[int, ...]) -> None:
+    check_tiers(TIERS)
+    with pytest.raises(ValueError, match=rf"must start at 16 and halve .*, got {re.escape(str(tiers))}"):
+        check_tiers(tiers)
 
 
 def test_steps_reach_both_finals_together() -> None:

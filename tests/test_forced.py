@@ -8,6 +8,7 @@ import torch
 from benchmarks import forced
 from benchmarks.forced import SINK, Chain, Widths, compare, logits
 from benchmarks.reasoner.model import Config, Llama
+from sglang_pmkvq.kernels.coding import Coding, key_transform
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 
 CONFIG = Config(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=128)
@@ -39,14 +40,12 @@ def stepwise(model: Llama, tokens: torch.Tensor, widths: Widths) -> torch.Tensor
             q, k, v = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
             keys[index].append(k[0, 0, 0].bfloat16().float())
             values[index].append(v[0, 0, 0].bfloat16().float())
-            scale = None if widths.key_scale is None else widths.key_scale[index, 0]
+            coding = widths.coding.pick(index)
             read_k, read_v = [], []
             for j in range(t + 1):
                 low = j >= SINK and t - j >= WINDOW
-                clip = None if widths.key_clip is None else widths.key_clip[index, 0]
                 k_bits, v_bits = widths.finals[index] if low else (16, 16)
-                how = (scale if low else None, clip, widths.hadamard)
-                read_k.append(fake_quantize(keys[index][j], k_bits, 128, *how))
+                read_k.append(fake_quantize(keys[index][j][None, None], k_bits, 128, coding)[0, 0])
                 read_v.append(fake_quantize(values[index][j], v_bits, 128))
             p = (q[0, :, 0] @ torch.stack(read_k).T / 128**0.5).softmax(-1)
             x = x + layer.self_attn.o_proj((p @ torch.stack(read_v)).flatten()[None, None])
@@ -58,17 +57,17 @@ def stepwise(model: Llama, tokens: torch.Tensor, widths: Widths) -> torch.Tensor
 # Blocks of all queries, of less than the sinks and the window, of more than the window, and a last one cut short.
 @pytest.mark.parametrize("block", [128, 7, 12])
 @pytest.mark.parametrize(
-    "scaled,clipped,hadamard", [(False, False, False), (True, False, False), (True, True, False), (False, True, True)]
+    "transform,clipped", [("none", False), ("scale", False), ("scale", True), ("hadamard", True)]
 )
 def test_one_pass_equals_steps(
-    model: Llama, scaled: bool, clipped: bool, hadamard: bool, block: int, monkeypatch: pytest.MonkeyPatch
+    model: Llama, transform: str, clipped: bool, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forced, "BLOCK", block)
     gen = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 64, (LENGTH,), generator=gen)
-    scale = torch.exp(torch.randn(2, 1, 128, generator=gen)) if scaled else None
+    scale = torch.exp(torch.randn(2, 1, 128, generator=gen)) if transform == "scale" else None
     clip = torch.tensor([[0.9], [0.6]]) if clipped else None
-    widths = Widths(FINALS, scale, key_clip=clip, hadamard=hadamard)
+    widths = Widths(FINALS, coding=Coding(key_transform(transform, 128, scale), clip))
     with torch.no_grad():
         got = logits(model, tokens, widths, 5, WINDOW)
         exact = logits(model, tokens, Widths(((16, 16),) * 2), 5, WINDOW)

@@ -16,42 +16,41 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sglang_pmkvq"
 
-# A room imports from rooms of lower rank and from itself. Rooms of one rank do not know each other,
-# except on the plugin side, which is one room in several files.
+# A room is a folder; the files at the top of the package are one room, of leaves. A room imports from rooms of lower
+# rank and from itself; rooms of one rank do not know each other.
 RANK = {
-    "": 0,  # the package's own __init__
-    "formats": 0,
-    "commands": 1,
-    "timeline": 1,
-    "config": 2,
-    "artifact": 2,
-    "ledger": 2,
-    "kernels": 2,
-    "calib": 3,  # and of the kernels only the reference: see CALIB_MAY
-    "refusals": 3,
-    "report": 3,
-    "pool": 3,
-    "attention": 4,
-    "allocator": 4,
-    "metrics": 4,
-    "plugin": 5,
-    "cli": 6,
-    "demo": 6,
-    "doctor": 6,
+    "": 0,  # formats, commands, artifact, timeline: what the package's other rooms talk in
+    "patches": 0,
+    "ledger": 1,
+    "kernels": 1,
+    "calib": 2,  # and of the kernels only the reference and the coding: see CALIB_MAY
+    "serving": 2,
+    "tools": 3,
 }
-PLUGIN_SIDE = {"runtime", "calibration", "sizing", "install", "server_args", "patches", "plugin"}
-TOOLS = {"cli", "demo", "doctor", "report"}
-NO_TORCH = {"", "formats", "commands", "timeline", "config", "refusals", "ledger", "report", "cli"}
-CALIB_MAY = {"formats", "artifact", "calib"}
-SGLANG_ALLOWED = {"pool", "attention", "allocator", "metrics", "plugin"}
+NO_TORCH_ROOMS = {"", "patches", "ledger"}
+NO_TORCH_FILES = {
+    "sglang_pmkvq.serving.calibration",
+    "sglang_pmkvq.serving.config",
+    "sglang_pmkvq.serving.engine",
+    "sglang_pmkvq.serving.refusals",
+    "sglang_pmkvq.serving.sizing",
+    "sglang_pmkvq.serving.versions",
+    "sglang_pmkvq.tools.report",
+    "sglang_pmkvq.tools.cli",
+}
+CALIB_MAY = ("sglang_pmkvq.kernels.reference.", "sglang_pmkvq.kernels.coding")
+DOOR = "sglang_pmkvq.serving.engine"
 
 
 def room_of(module: str) -> str:
-    """``sglang_pmkvq.ledger.arena`` → ``ledger``; all of the plugin side is one room."""
+    """``sglang_pmkvq.ledger.arena`` → ``ledger``; ``sglang_pmkvq.formats`` → the room of leaves, ``""``."""
     parts = module.split(".")
     assert parts[0] == "sglang_pmkvq"
-    room = parts[1] if len(parts) > 1 else ""
-    return "plugin" if room in PLUGIN_SIDE else room
+    return parts[1] if len(parts) > 1 and parts[1] in RANK else ""
+
+
+def no_torch(module: str) -> bool:
+    return room_of(module) in NO_TORCH_ROOMS or module in NO_TORCH_FILES
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -76,11 +75,12 @@ def imports(module: str, path: Path) -> Iterator[tuple[int, str]]:
             if node.level:
                 package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
                 base = ".".join(package[: len(package) - node.level + 1] + ([base] if base else []))
-            # `from sglang_pmkvq import runtime` names a module, not an attribute of the package.
-            names = [alias.name for alias in node.names] if base == "sglang_pmkvq" else [""]
-            for name in names:
-                is_module = name and ((PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir())
-                yield node.lineno, f"{base}.{name}" if is_module else base
+            # `from sglang_pmkvq.serving import runtime` names a module, not an attribute of the package.
+            folder = ROOT / base.replace(".", "/")
+            named = [alias.name for alias in node.names if (folder / f"{alias.name}.py").exists()]
+            yield from ((node.lineno, f"{base}.{name}") for name in named)
+            if len(named) < len(node.names):
+                yield node.lineno, base
 
 
 ALL = sorted(modules())
@@ -94,50 +94,71 @@ def violations(module: str, path: Path) -> list[str]:
         where = f"{module}:{line}"
         if top == "sglang_pmkvq":
             other = room_of(name)
-            if other not in RANK:
-                found.append(f"{where}: room {other!r} has no rank")
-            elif other != room and RANK[other] >= RANK[room] and not (room == "cli" and other in TOOLS):
+            if other != room and RANK[other] >= RANK[room]:
                 found.append(f"{where}: {room or 'the package'} must not import {other}")
-            elif room == "calib" and other and other not in CALIB_MAY and ".kernels.reference" not in name:
+            elif room == "calib" and other and other != "calib" and not name.startswith(CALIB_MAY):
                 found.append(f"{where}: calib must not import {name}")
         elif top in ("benchmarks", "tests", "scripts", "patches", "calib"):
             found.append(f"{where}: the package must not import {name}")
         elif top == "kernels":
             found.append(f"{where}: `kernels` is another package; ours is sglang_pmkvq.kernels")
-        elif top == "sglang" and room not in SGLANG_ALLOWED:
-            found.append(f"{where}: {room} must not import sglang")
-        elif top in ("torch", "triton") and room in NO_TORCH:
-            found.append(f"{where}: {room or 'the package'} must not import {top}")
+        elif top == "sglang" and module != DOOR:
+            found.append(f"{where}: only {DOOR} imports sglang")
+        elif top in ("torch", "triton") and no_torch(module):
+            found.append(f"{where}: {module} must not import {top}")
     return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that reach themselves, by repeatedly leaving out those that import nothing or that nobody imports."""
+    left = {module: {name for name in names if name in graph} for module, names in graph.items()}
+    while True:
+        imported = set().union(*left.values()) if left else set()
+        done = {module for module, names in left.items() if not names or module not in imported}
+        if not done:
+            return [sorted(left)] if left else []
+        left = {module: names - done for module, names in left.items() if module not in done}
 
 
 def test_every_module_is_looked_at() -> None:
     names = [module for module, _ in ALL]
-    assert {"sglang_pmkvq", "sglang_pmkvq.formats", "sglang_pmkvq.commands", "sglang_pmkvq.cli"} <= set(names)
-    assert any(name.startswith("sglang_pmkvq.kernels.") for name in names)
-    assert any(name.startswith("sglang_pmkvq.patches.") for name in names)
+    assert {"sglang_pmkvq", "sglang_pmkvq.formats", "sglang_pmkvq.commands", "sglang_pmkvq.tools.cli"} <= set(names)
+    assert {module.split(".")[1] for module in names if module.count(".") > 1} == set(RANK) - {""}
 
 
 @pytest.mark.parametrize("module", [module for module, _ in ALL])
 def test_imports_run_one_way(module: str) -> None:
-    assert room_of(module) in RANK, f"give {module} a rank in this file"
     assert violations(module, dict(ALL)[module]) == []
+
+
+def test_no_module_reaches_itself() -> None:
+    """Inside rooms too; imports in functions and for annotations count."""
+    known = {module for module, _ in ALL}
+    graph = {module: {name for _, name in imports(module, path) if name in known - {module}} for module, path in ALL}
+    assert len(graph["sglang_pmkvq.serving.plugin"]) > 2
+    assert circles(graph) == []
+
+
+def test_circles_are_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 
 
 @pytest.mark.parametrize(
     ("module", "source", "expected"),
     [
-        ("sglang_pmkvq.formats", "from sglang_pmkvq.commands import X", "formats must not import commands"),
-        ("sglang_pmkvq.ledger.a", "def f():\n    import torch.nn", "ledger must not import torch"),
+        ("sglang_pmkvq.formats", "from sglang_pmkvq.ledger import X", "the package must not import ledger"),
+        ("sglang_pmkvq.ledger.a", "def f():\n    import torch.nn", "must not import torch"),
         ("sglang_pmkvq.ledger.a", "from ..kernels import plan", "ledger must not import kernels"),
-        ("sglang_pmkvq.kernels.a", "import sglang.srt", "kernels must not import sglang"),
-        ("sglang_pmkvq.kernels.a", "from sglang_pmkvq import pool", "kernels must not import pool"),
+        ("sglang_pmkvq.kernels.a", "import sglang.srt", "only sglang_pmkvq.serving.engine imports sglang"),
+        ("sglang_pmkvq.serving.a", "def f():\n    from sglang.srt import x", "only sglang_pmkvq.serving.engine"),
+        ("sglang_pmkvq.kernels.a", "from sglang_pmkvq.serving import pool", "kernels must not import serving"),
         ("sglang_pmkvq.calib.a", "from sglang_pmkvq.kernels import plan", "calib must not import sglang_pmkvq.kernels"),
-        ("sglang_pmkvq.pool", "from sglang_pmkvq.attention import backend", "pool must not import attention"),
-        ("sglang_pmkvq.attention.a", "from .. import runtime", "attention must not import plugin"),
-        ("sglang_pmkvq.plugin", "import benchmarks.reasoner.task", "must not import benchmarks"),
-        ("sglang_pmkvq.doctor", "import sglang", "doctor must not import sglang"),
-        ("sglang_pmkvq.plugin", "from kernels import plan", "is another package"),
+        ("sglang_pmkvq.patches.a", "from sglang_pmkvq.serving import hooks", "patches must not import serving"),
+        ("sglang_pmkvq.serving.a", "from ..tools import cli", "serving must not import tools"),
+        ("sglang_pmkvq.serving.config", "import torch", "must not import torch"),
+        ("sglang_pmkvq.serving.plugin", "import benchmarks.reasoner.task", "must not import benchmarks"),
+        ("sglang_pmkvq.serving.plugin", "from kernels import plan", "is another package"),
     ],
 )
 def test_the_rule_sees_violations(tmp_path: Path, module: str, source: str, expected: str) -> None:
@@ -160,7 +181,7 @@ def test_jit_kernels_live_in_their_own_folder() -> None:
 
 def test_light_rooms_run_without_torch_and_sglang() -> None:
     """Not only by their own imports: nothing heavy comes in behind them either."""
-    light = [module for module, _ in ALL if room_of(module) in NO_TORCH - {"report"}]
+    light = [module for module, _ in ALL if no_torch(module) and module != "sglang_pmkvq.tools.report"]
     code = (
         f"import importlib, sys\nfor m in {light!r}: importlib.import_module(m)\n"
         "heavy = {'torch', 'sglang', 'triton', 'transformers'} & set(sys.modules)\n"

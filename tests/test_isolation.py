@@ -17,10 +17,10 @@ FORBIDDEN_IMPORTS = {
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "system", "popen", "execv", "execve", "spawnv", "__import__", "urlopen"}
 # The demo starts a server and looks at it; a server command without a GPU starts itself again (no shell in either).
 ALLOWED = {
-    ("sglang_pmkvq.demo", "socket"),
-    ("sglang_pmkvq.demo", "subprocess"),
-    ("sglang_pmkvq.demo", "urlopen"),
-    ("sglang_pmkvq.plugin", "execve"),
+    ("sglang_pmkvq.tools.demo", "socket"),
+    ("sglang_pmkvq.tools.demo", "subprocess"),
+    ("sglang_pmkvq.tools.demo", "urlopen"),
+    ("sglang_pmkvq.serving.plugin", "execve"),
 }
 
 

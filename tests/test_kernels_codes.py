@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from sglang_pmkvq.kernels.coding import clip_edges
 from sglang_pmkvq.kernels.cpu import codes as codec
 from sglang_pmkvq.kernels.reference import codes as ref
 
@@ -57,7 +58,7 @@ CLIPS = [1.0, 0.95, 0.9, 0.85, 0.7, 0.65, 0.5, 0.35, 0.3, 0.1, 0.01]
 def test_a_clipped_shift_goes_to_the_nearest_level(clip):
     """Every 4-bit code, and every 8-bit one through the chain; whole ranges give the equivalent right shift."""
     share = torch.tensor(clip)
-    edge = codec.clip_edges(share)
+    edge = clip_edges(share)
     assert 3 <= int(edge) <= 8
     codes = torch.arange(16, dtype=torch.uint8)
     want = [ref.clipped_shift_code(c, float(share)) for c in range(16)]

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, UNMAPPED, LayerGroup, PageShape
-from sglang_pmkvq.kernels import page_ops
-from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper
-from sglang_pmkvq.kernels.device_plan import PageSource
+from sglang_pmkvq.formats import KEY_TRANSFORMS, STEP_BITS, UNITS_PER_SUPERBLOCK, UNMAPPED, LayerGroup, PageShape
+from sglang_pmkvq.kernels.attention import PageSource
+from sglang_pmkvq.kernels.choose import kernels_for
 from sglang_pmkvq.kernels.reference.inputs import copies, make_inputs
 from sglang_pmkvq.kernels.triton import decode, extend, pages, plan
-from sglang_pmkvq.kernels.warm_up import warm_up
 from tests.plan_checks import check_plan
 from tests.triton_checks import (
     DTYPES,
@@ -39,26 +37,26 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_decode_and_extend(finals, shape, dtype):
     p = shape[0]
     lens = [*boundary_lens(p), WINDOW - 1, WINDOW + 1, 700]
-    inputs = inputs_of(shape[1] + finals[1], finals, shape, dtype, lens, key_clip=p == 16)
+    inputs = inputs_of(shape[1] + finals[1], finals, shape, dtype, lens, clip=p == 16)
     check_decode(inputs, device="cuda")
     check_decode(inputs, logit_cap=3.0, device="cuda")
     check_extend(inputs, [0, 0, p - 1, 1, p + 2, WINDOW - 40, WINDOW, 690], device="cuda")
-    more = {"key_scale": False, "key_clip": p == 16, "hadamard": True}
+    more = {"transform": "hadamard", "clip": p == 16}
     inputs = inputs_of(shape[1] + finals[1], finals, shape, dtype, lens, **more)
     check_decode(inputs, device="cuda")
     check_extend(inputs, [0, 0, p - 1, 1, p + 2, WINDOW - 40, WINDOW, 690], device="cuda")
 
 
 @pytest.mark.parametrize("src,dst", [(16, 16), (8, 8), (16, 8), (16, 4), (16, 2), (8, 4), (8, 2), (4, 2)])
-@pytest.mark.parametrize("transform", [("key_scale",), ("key_scale", "key_clip"), ("hadamard",)], ids="-".join)
-def test_copies_leave_the_bytes_of_the_torch_path(src, dst, transform):
+@pytest.mark.parametrize("transform,clip", [("scale", False), ("scale", True), ("hadamard", False)])
+def test_copies_leave_the_bytes_of_the_torch_path(src, dst, transform, clip):
     group = LayerGroup((0, 1), 2, 2)
-    more = dict.fromkeys(transform, True)
+    more = {"transform": transform, "clip": clip}
     inputs = make_inputs(3, PageShape(16, 3, 128, 64), group, [16 * 9], steps=0, **more)
     storages = [inputs.storage, on_device(inputs.storage, "cuda")]
     pages, units = np.array(inputs.pages(0)), np.arange(9) * 8
     for storage in storages:
-        page_ops.execute(storage, [copies(0, pages, units, (10 + np.arange(9)) * 8, src, dst)])
+        kernels_for(storage.device).copy(storage, copies(0, pages, units, (10 + np.arange(9)) * 8, src, dst))
     for side in (0, 1):
         assert torch.equal(storages[0].arenas[side], storages[1].arenas[side].cpu())
         metas = [s.meta[side] for s in storages]
@@ -68,10 +66,10 @@ def test_copies_leave_the_bytes_of_the_torch_path(src, dst, transform):
 
 @pytest.mark.parametrize("dst", [8, 4, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transform", ["key_scale", "hadamard"])
+@pytest.mark.parametrize("transform", ["scale", "hadamard"])
 def test_quantizing_what_is_hard_to_quantize(dst, dtype, transform):
     """NaN, infinities, ties, constants, subnormals and values beyond fp16: bytes and counters as torch leaves them."""
-    more = {"dtype": dtype, transform: True}
+    more = {"dtype": dtype, "transform": transform}
     inputs = make_inputs(4, PageShape(16, 2, 128, 32), LayerGroup((0,), 2, 2), [16 * 6], steps=0, **more)
     fill_adversarial(inputs.storage, inputs.pages(0), dst)
     storage, fence = fenced(on_device(inputs.storage, "cuda"))
@@ -79,7 +77,7 @@ def test_quantizing_what_is_hard_to_quantize(dst, dtype, transform):
     units = inputs.storage.table[0, torch.from_numpy(pages)].numpy() >> STEP_BITS
     free = (inputs.storage.num_pages + 1) * UNITS_PER_SUPERBLOCK + np.arange(6) * UNITS_PER_SUPERBLOCK
     for each in (inputs.storage, storage):
-        page_ops.execute(each, [copies(0, pages, units, free, 16, dst)])
+        kernels_for(each.device).copy(each, copies(0, pages, units, free, 16, dst))
     check_fenced(fence)
     assert same(inputs.storage, storage)
     assert int(storage.clipped_groups) > 0
@@ -99,8 +97,8 @@ def test_store_rounds_and_writes_its_rows_only(finals, dtype):
     good = torch.tensor([whole * 16 + 1, other * 16 + 15, 0])
     bad = torch.tensor([shrunk * 16, gone * 16 + 3, (inputs.storage.num_pages + 9) * 16, -5])
     for layer in (0, 1):
-        page_ops.store(inputs.storage, layer, good, rows[:3, 0], rows[:3, 1])
-        page_ops.store(storage, layer, torch.cat([good, bad]).cuda(), rows[:, 0].cuda(), rows[:, 1].cuda())
+        kernels_for("cpu").store(inputs.storage, layer, good, rows[:3, 0], rows[:3, 1])
+        kernels_for("cuda").store(storage, layer, torch.cat([good, bad]).cuda(), rows[:, 0].cuda(), rows[:, 1].cuda())
     check_fenced(fence)
     assert same(inputs.storage, storage)
     assert int(storage.dropped_rows) == 2 * bad.numel()
@@ -122,7 +120,7 @@ def test_start_up_compiles_what_serving_launches():
     """After ``warm_up`` a plan, a run and a copy of the real storage find their kernels compiled."""
     inputs = inputs_of(9, (4, 2), SHAPES[0], torch.bfloat16, [40, 170, 5, 33])
     storage = on_device(inputs.storage, "cuda")
-    warm_up(storage, 8)
+    kernels_for(storage.device).warm_up(storage, 8)
     kernels = [getattr(module, name) for module in (decode, extend, pages, plan) for name in vars(module)
                if name.endswith("_kernel")]  # fmt: skip
     device = torch.cuda.current_device()
@@ -133,19 +131,19 @@ def test_start_up_compiles_what_serving_launches():
     before = compiled()
     slots = (inputs.req_pages.clamp(0, storage.num_pages)[:, :, None] * 16 + torch.arange(16)).flatten(1).int().cuda()
     source = PageSource(slots, torch.arange(4, device="cuda"), 16, 16)
-    wrapper = MixedKVDecodeWrapper()
+    wrapper = kernels_for(storage.device).decode()
     wrapper.plan_source(storage, source, torch.tensor(inputs.kv_lens, device="cuda"))
     wrapper.run(torch.randn(4, 8, 128, device="cuda").bfloat16(), 0, 0.1)
     assert compiled() == before > 0
 
 
-@pytest.mark.parametrize("hadamard", [False, True])
-def test_a_captured_decode_replays_later_plans(hadamard):
+@pytest.mark.parametrize("transform", KEY_TRANSFORMS)
+def test_a_captured_decode_replays_later_plans(transform):
     """Capture once with padded rows, then plan other lengths and pages: replay equals an eager run."""
-    inputs = inputs_of(9, (4, 2), SHAPES[0], torch.bfloat16, [40, 170, 5, 33], hadamard=hadamard)
+    inputs = inputs_of(9, (4, 2), SHAPES[0], torch.bfloat16, [40, 170, 5, 33], transform=transform)
     storage = on_device(inputs.storage, "cuda")
     pages = torch.cat([inputs.req_pages, torch.zeros_like(inputs.req_pages[:2])]).cuda()
-    wrapper, eager = MixedKVDecodeWrapper(), MixedKVDecodeWrapper()
+    wrapper, eager = kernels_for("cuda").decode(), kernels_for("cuda").decode()
     wrapper.reserve(storage, 6, pages.shape[1], 8)
     q = torch.randn(6, 8, 128, device="cuda").bfloat16()
     lens = torch.tensor([*inputs.kv_lens, 1, 1], device="cuda")

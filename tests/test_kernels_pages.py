@@ -17,12 +17,13 @@ from sglang_pmkvq.formats import (
     geometry_for_pages,
     tier_units,
 )
-from sglang_pmkvq.kernels import page_ops
+from sglang_pmkvq.kernels.coding import Coding, Hadamard, Scaled
 from sglang_pmkvq.kernels.cpu import codes as codec
 from sglang_pmkvq.kernels.cpu import copies as copies_module
 from sglang_pmkvq.kernels.reference.inputs import copies, make_inputs
 from sglang_pmkvq.kernels.storage import GroupStorage, allocate_pool
-from tests.kernel_checks import check_page_layout
+from sglang_pmkvq.kernels.torch_kernels import TorchKernels
+from tests.kernel_checks import TRANSFORMS, check_page_layout
 
 GROUPS = [LayerGroup((3, 5), *f) for f in ((8, 8), (4, 4), (2, 2), (4, 2), (2, 8), (16, 4), (16, 16))]
 by_name = {"ids": lambda g: g.name()}
@@ -77,13 +78,13 @@ def test_views_cover_the_arena():
         ({"superblocks": (3, 0)}, "expected 2 positive superblock counts"),
         ({"superblocks": (3, 1 << 27)}, "at most"),
         ({"num_pages": 0}, "num_pages must be positive, got 0"),
-        ({"key_scale": torch.ones(1, 2, 64)}, r"key_scale must have shape \(2, 2, 64\)"),
-        ({"key_scale": torch.zeros(2, 2, 64)}, "positive and finite"),
-        ({"key_scale": torch.ones(2, 2, 64), "hadamard": True}, "either scaled or rotated"),
-        ({"key_clip": torch.ones(1, 2)}, r"key_clip must have shape \(2, 2\)"),
-        ({"key_clip": torch.zeros(2, 2)}, "key_clip must be above 0"),
-        ({"key_clip": torch.full((2, 2), 1.5)}, "at most 1 everywhere"),
-        ({"key_clip": torch.full((2, 2), torch.nan)}, "at most 1 everywhere"),
+        ({"coding": Coding(Scaled(torch.ones(1, 2, 64)))}, r"key scales must have shape \(2, 2, 64\), got \(1,"),
+        ({"coding": Coding(Scaled(torch.zeros(2, 2, 64)))}, "positive and finite"),
+        ({"coding": Coding(Hadamard(128))}, "a rotation of 128 channels does not fit head_dim 64"),
+        ({"coding": Coding(key_clip=torch.ones(1, 2))}, r"clip factors of keys must have shape \(2, 2\), got"),
+        ({"coding": Coding(key_clip=torch.zeros(2, 2))}, "clip factors of keys must be above 0"),
+        ({"coding": Coding(key_clip=torch.full((2, 2), 1.5))}, "at most 1 everywhere"),
+        ({"coding": Coding(key_clip=torch.full((2, 2), torch.nan))}, "at most 1 everywhere"),
     ],
 )
 def test_allocate_refuses(change, match):
@@ -99,7 +100,7 @@ def test_store_writes_its_rows_and_nothing_else(group):
     storage, before = inputs.storage, snapshot(inputs.storage)
     slots = torch.tensor([p * 16 + o for p in inputs.pages(0)[:2] for o in (0, 7, 15)])
     k, v = torch.randn(2, len(slots), 2, 64).bfloat16()
-    page_ops.store(storage, 1, slots, k, v)
+    TorchKernels().store(storage, 1, slots, k, v)
     after = snapshot(storage)
     for side, x in enumerate((k, v)):
         unit = storage.table[storage.arena_of(side)].long() >> STEP_BITS
@@ -114,11 +115,34 @@ def test_store_takes_strided_rows_and_converts_to_the_model_dtype():
     inputs = make_inputs(1, PageShape(16, 2, 64, 32), GROUPS[1], [16], steps=0)
     slots = torch.arange(16) + inputs.pages(0)[0] * 16
     kv = torch.randn(16, 2, 2, 64)
-    page_ops.store(inputs.storage, 0, slots.int(), kv[:, 0], kv[:, 1])
+    TorchKernels().store(inputs.storage, 0, slots.int(), kv[:, 0], kv[:, 1])
     unit = int(inputs.storage.table[0, inputs.pages(0)[0]]) >> STEP_BITS
     for side in SIDES:
         page = inputs.storage.pages16(side, 0)[unit // UNITS_PER_SUPERBLOCK]
         assert torch.equal(page, kv[:, side].bfloat16())
+
+
+@pytest.mark.parametrize("change", ["table", "slots"])
+def test_rows_are_resolved_once_per_forward_and_anew_after_a_change(change):
+    """One object over many forwards: the same slots tensor may mean other pages, by its values or by the table."""
+    inputs = make_inputs(1, PageShape(16, 1, 64, 64), GROUPS[1], [32], steps=0)
+    storage, (first, second) = inputs.storage, inputs.pages(0)
+    kernels, slots = TorchKernels(), torch.tensor([first * 16 + 3])
+    unit = {page: int(storage.table[0, page]) >> STEP_BITS for page in (first, second)}
+    rows = torch.randn(2, 1, 1, 64).bfloat16()
+    for layer in (0, 1):
+        kernels.store(storage, layer, slots, rows[0], rows[0])
+    if change == "table":
+        swapped = np.array([unit[second], unit[first]]) << STEP_BITS
+        kernels.update_table(storage, TableUpdate(0, 0, np.array([first, second]), swapped))
+    else:
+        slots[0] = second * 16 + 3
+        kernels.begin_forward()
+    for layer in (0, 1):
+        kernels.store(storage, layer, slots, rows[1], rows[1])
+        for side in SIDES:
+            written = [storage.pages16(side, layer)[unit[p] // UNITS_PER_SUPERBLOCK][3] for p in (first, second)]
+            assert torch.equal(written[0], rows[0, 0]) and torch.equal(written[1], rows[1, 0])
 
 
 def test_store_refuses_shrunk_and_unmapped_pages():
@@ -128,31 +152,30 @@ def test_store_refuses_shrunk_and_unmapped_pages():
     before = snapshot(storage)
     rows = torch.zeros(1, 1, 64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=rf"got pages \[{shrunk}\]"):
-        page_ops.store(storage, 0, torch.tensor([shrunk * 16]), rows, rows)
-    page_ops.apply_table(storage, [TableUpdate(0, 0, np.array([whole]), np.array([UNMAPPED]))])
+        TorchKernels().store(storage, 0, torch.tensor([shrunk * 16]), rows, rows)
+    TorchKernels().update_table(storage, TableUpdate(0, 0, np.array([whole]), np.array([UNMAPPED])))
     with pytest.raises(ValueError, match=rf"got pages \[{whole}\]"):
-        page_ops.store(storage, 0, torch.tensor([whole * 16 + 3]), rows, rows)
+        TorchKernels().store(storage, 0, torch.tensor([whole * 16 + 3]), rows, rows)
     with pytest.raises(ValueError, match=r"k must have shape \(1, 1, 64\)"):
-        page_ops.store(storage, 0, torch.tensor([0]), rows[0], rows)
+        TorchKernels().store(storage, 0, torch.tensor([0]), rows[0], rows)
     assert all(torch.equal(a, b) for a, b in zip(snapshot(storage)[:2], before[:2], strict=True))
 
 
-@pytest.mark.parametrize("transform", [(), ("key_scale",), ("key_scale", "key_clip"), ("hadamard",),
-                                       ("hadamard", "key_clip")], ids="-".join)  # fmt: skip
+@pytest.mark.parametrize("transform,clip", TRANSFORMS)
 @pytest.mark.parametrize("group", GROUPS, **by_name)
-def test_pages_hold_what_the_definition_says_at_every_step(group, transform):
+def test_pages_hold_what_the_definition_says_at_every_step(group, transform, clip):
     steps = list(range(len(group.steps)))
     shape = PageShape(16, 2, 64, 32)
-    inputs = make_inputs(2, shape, group, [16 * len(steps)], steps=steps, **dict.fromkeys(transform, True))
+    inputs = make_inputs(2, shape, group, [16 * len(steps)], steps=steps, transform=transform, clip=clip)
     for page in inputs.pages(0):
         check_page_layout(inputs, page)
 
 
-@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("transform", ["none", "hadamard"])
 @pytest.mark.parametrize("shape", [PageShape(32, 1, 128, 128), PageShape(64, 1, 64, 32), PageShape(16, 1, 256, 64)])
-def test_other_shapes_hold_what_the_definition_says(shape, hadamard):
+def test_other_shapes_hold_what_the_definition_says(shape, transform):
     p = shape.page_size
-    inputs = make_inputs(4, shape, LayerGroup((0,), 2, 4), [p, p], steps=[1, 3], hadamard=hadamard)
+    inputs = make_inputs(4, shape, LayerGroup((0,), 2, 4), [p, p], steps=[1, 3], transform=transform)
     check_page_layout(inputs, inputs.pages(0)[0])
     check_page_layout(inputs, inputs.pages(1)[0])
 
@@ -177,7 +200,7 @@ def test_one_pass_from_16_bits_equals_the_chain(dst, kind):
                 kv[:, 5, 0, 3] = torch.nan
                 kv[:, 6, 1, 90] = torch.inf
                 kv[:, 8, 1, 9] = 1e6
-            page_ops.store(storage, layer, slots, *kv)
+            TorchKernels().store(storage, layer, slots, *kv)
         unit = (storage.table[0, torch.from_numpy(pages)].long() >> STEP_BITS).numpy()
         path = [16, 8, 4, 2][: [16, 8, 4, 2].index(dst) + 1] if chain else [16, dst]
         free = (inputs.storage.num_pages + 1) * UNITS_PER_SUPERBLOCK
@@ -185,7 +208,7 @@ def test_one_pass_from_16_bits_equals_the_chain(dst, kind):
             # The last block lands at the same units in both storages.
             at = free if dst_tier == dst else free + 6 * UNITS_PER_SUPERBLOCK // (1 if dst_tier == 8 else 2)
             new = at + np.arange(6) * tier_units(dst_tier)
-            page_ops.execute(storage, [copies(0, pages, unit, new, src_tier, dst_tier)])
+            TorchKernels().copy(storage, copies(0, pages, unit, new, src_tier, dst_tier))
             unit = new
         storages.append((storage, unit))
     (direct, unit), (chained, unit2) = storages
@@ -210,7 +233,7 @@ def test_execute_touches_only_its_destinations(pair, shared):
     arena = len(group.arena_sides) - 1
     pages, src = np.array([2, 4]), np.array([0, 2]) * UNITS_PER_SUPERBLOCK
     dst = np.array([5, 7]) * UNITS_PER_SUPERBLOCK + np.array([0, tier_units(dst_tier) % UNITS_PER_SUPERBLOCK])
-    page_ops.execute(storage, [copies(arena, pages, src, dst, src_tier, dst_tier)])
+    TorchKernels().copy(storage, copies(arena, pages, src, dst, src_tier, dst_tier))
     after = snapshot(storage)
     for side in SIDES:
         changed = after[side] != before[side]
@@ -256,7 +279,7 @@ def test_execute_refuses(src, dst, src_tier, dst_tier, match):
     inputs = make_inputs(1, PageShape(16, 1, 64, 64), GROUPS[1], [32], steps=0)
     before = snapshot(inputs.storage)
     with pytest.raises(ValueError, match=match):
-        page_ops.execute(inputs.storage, [copies(0, np.array([1]), [src], [dst], src_tier, dst_tier)])
+        TorchKernels().copy(inputs.storage, copies(0, np.array([1]), [src], [dst], src_tier, dst_tier))
     assert all(torch.equal(a, b) for a, b in zip(snapshot(inputs.storage)[:2], before[:2], strict=True))
 
 
@@ -275,7 +298,7 @@ def test_a_batch_runs_its_waves_in_order_and_then_its_tables():
     wave2 = (copies(0, np.array([a]), [spare], [units[b]], 8, 4),)
     entries = np.array([units[b] << STEP_BITS | 2, spare + 8 << STEP_BITS], dtype=np.int32)
     table = (TableUpdate(0, 0, np.array([a, b], dtype=np.int32), entries),)
-    page_ops.execute_batch([storage], CommandBatch((wave1, wave2), table))
+    TorchKernels().execute([storage], CommandBatch((wave1, wave2), table))
     check_page_layout(inputs, a)
     check_page_layout(inputs, b)
     assert (storage.table >> STEP_BITS)[0, [a, b]].tolist() == [units[b], spare + 8]

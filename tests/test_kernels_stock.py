@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sglang_pmkvq.formats import SIDES, LayerGroup, PageShape
-from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
+from sglang_pmkvq.kernels.host_attention import HostDecode, HostExtend
 from sglang_pmkvq.kernels.reference.inputs import Inputs, make_inputs
+from sglang_pmkvq.kernels.torch_kernels import TorchKernels
 
 SHAPES = [(16, 1, 128, 2), (16, 2, 64, 1), (32, 2, 128, 4), (64, 1, 256, 8), (16, 3, 64, 2)]
 
@@ -47,7 +48,7 @@ def requests(shape: tuple[int, int, int, int], dtype: torch.dtype, lens: list[in
 def test_decode_is_stocks_bit_for_bit(backend, shape, dtype):
     inputs = requests(shape, dtype, [1, 15, 16, 17, 300, 65], steps=0)
     q = inputs.q.to(dtype)
-    wrapper = MixedKVDecodeWrapper()
+    wrapper = TorchKernels().decode()
     wrapper.plan(inputs.storage, inputs.req_pages, inputs.kv_lens)
     for layer in range(2):
         want = backend._run_sdpa_forward_decode(
@@ -71,7 +72,7 @@ def test_extend_is_stocks_bit_for_bit(backend, shape, dtype):
     inputs = requests(shape, dtype, lens, steps=0)
     extend = torch.tensor(lens) - torch.tensor(prefix)
     q = torch.randn(int(extend.sum()), *inputs.q.shape[1:], generator=torch.Generator().manual_seed(2)).to(dtype)
-    wrapper = MixedKVExtendWrapper()
+    wrapper = TorchKernels().extend()
     wrapper.plan(inputs.storage, inputs.req_pages, torch.tensor(prefix), torch.tensor(lens))
     for layer in range(2):
         want = backend._run_sdpa_forward_extend(
@@ -96,13 +97,13 @@ def test_a_shrunk_neighbour_does_not_change_them(backend, extend):
     lens = [40, 40, 20, 33]
     steps = [0, 0, 0] + [0, 3, 1] + [0, 0] + [1, 0, 0]
     inputs = requests(SHAPES[0], torch.bfloat16, lens, steps)
-    wrapper: MixedKVDecodeWrapper | MixedKVExtendWrapper
+    wrapper: HostDecode | HostExtend
     if extend:
         prefix = [n - 1 for n in lens]
-        wrapper = MixedKVExtendWrapper()
+        wrapper = TorchKernels().extend()
         wrapper.plan(inputs.storage, inputs.req_pages, prefix, lens)
     else:
-        wrapper = MixedKVDecodeWrapper()
+        wrapper = TorchKernels().decode()
         wrapper.plan(inputs.storage, inputs.req_pages, lens)
     q = inputs.q.bfloat16()
     out = wrapper.run(q, 1, 0.09)
@@ -119,7 +120,7 @@ def test_a_shrunk_neighbour_does_not_change_them(backend, extend):
         assert torch.equal(out[r : r + 1], want)
 
 
-def steps_planned_anew(wrapper: MixedKVDecodeWrapper, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def steps_planned_anew(wrapper: HostDecode, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows with each plan made from the page table, not from the step before."""
     made: list[int] = []
     original = wrapper._set_plan
@@ -127,8 +128,8 @@ def steps_planned_anew(wrapper: MixedKVDecodeWrapper, monkeypatch: pytest.Monkey
     return made
 
 
-def same_as_a_new_wrapper(wrapper: MixedKVDecodeWrapper, inputs: Inputs, lens: list[int]) -> None:
-    fresh = MixedKVDecodeWrapper()
+def same_as_a_new_wrapper(wrapper: HostDecode, inputs: Inputs, lens: list[int]) -> None:
+    fresh = TorchKernels().decode()
     for w in (wrapper, fresh):
         w.plan(inputs.storage, inputs.req_pages, lens)
     q = inputs.q.to(torch.bfloat16)
@@ -142,7 +143,7 @@ def same_as_a_new_wrapper(wrapper: MixedKVDecodeWrapper, inputs: Inputs, lens: l
 
 def test_a_decode_step_builds_on_the_one_before_until_a_page_starts(monkeypatch):
     inputs = requests((16, 2, 64, 2), torch.bfloat16, [60, 45], steps=0)
-    wrapper = MixedKVDecodeWrapper()
+    wrapper = TorchKernels().decode()
     made = steps_planned_anew(wrapper, monkeypatch)
     for step in range(40):
         same_as_a_new_wrapper(wrapper, inputs, [20 + step, 5 + step])
@@ -153,7 +154,7 @@ def test_a_decode_step_builds_on_the_one_before_until_a_page_starts(monkeypatch)
 @pytest.mark.parametrize("change", ["another_page", "another_block", "shrunk", "two_tokens", "other_pool"])
 def test_a_decode_step_does_not_build_on_what_has_changed(change, monkeypatch):
     inputs = requests((16, 2, 64, 2), torch.bfloat16, [60, 45], steps=0)
-    wrapper = MixedKVDecodeWrapper()
+    wrapper = TorchKernels().decode()
     same_as_a_new_wrapper(wrapper, inputs, [20, 5])
     made = steps_planned_anew(wrapper, monkeypatch)
     lens, table = [21, 6], inputs.storage.table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sglang_pmkvq.ledger import IntegrityError, Ledger, LedgerError, PolicyConfi
 from sglang_pmkvq.ledger.agequeue import AgeQueue
 from sglang_pmkvq.ledger.arena import TOP_ORDER, Arena
 from sglang_pmkvq.ledger.pages import FREE
+from sglang_pmkvq.ledger.waves import LOC_SHIFT, MAX_WAVES, PAGE_SHIFT, CommandLog, copy_tag
 from tests.ledger_driver import GROUPS, OPS, WEIGHTS, P, World, make_geometry
 
 NONE = np.empty(0, np.int64)
@@ -54,7 +56,7 @@ def test_every_group_can_be_driven_to_exactly_full(groups: str, policy: str) -> 
             break
         lens = [n + 1 for n in lens]
         replay.run(book.drain(), new)
-        replay.check(book.book.classes != FREE)
+        replay.check(book.book.cls_np != FREE)
         book.check_integrity()
     assert book.free_page_count < requests
     while book.free_page_count:
@@ -68,7 +70,7 @@ def test_every_group_can_be_driven_to_exactly_full(groups: str, policy: str) -> 
             replay.run(book.drain(), new)
             if len(new):
                 break
-    replay.check(book.book.classes != FREE)
+    replay.check(book.book.cls_np != FREE)
     book.check_integrity()
     assert book.stats().mapped_pages == pages
     assert most_hard <= hard
@@ -99,7 +101,7 @@ def test_n_shrinks_take_log_n_waves(groups: str, policy: str) -> None:
         # arena, and a superblock made by moves takes three waves more.
         assert len(batch.waves) <= 2 * math.log2(copies + 1) + 3, f"{copies} copies"
         replay.run(batch, new)
-        replay.check(book.book.classes != FREE)
+        replay.check(book.book.cls_np != FREE)
     assert most > 100
 
 
@@ -134,7 +136,7 @@ def test_moves_make_a_superblock_out_of_single_units() -> None:
         assert arena.moved_units - before[1] <= 12 * max(1, made)
         book.finish(0)
         replay.run(book.drain(), new)
-        replay.check(book.book.classes != FREE)
+        replay.check(book.book.cls_np != FREE)
         book.check_integrity()
     assert arena.moves > 0
 
@@ -143,7 +145,7 @@ def test_moves_stay_below_a_superblock_per_born_page_in_service() -> None:
     for groups in ("2", "k4v2", "4"):
         world = World(groups, PolicyConfig(window_tokens=32), num_pages=64, checks=False)
         drive(world, 4000, 3)
-        born = world.ledger.book.gens.sum() + world.ledger.book.mapped_pages
+        born = world.ledger.book.gen_np.sum() + world.ledger.book.mapped_pages
         for arena in world.ledger.arenas:
             assert arena.moved_units <= UNITS_PER_SUPERBLOCK * born
 
@@ -331,3 +333,19 @@ def test_replay_refuses_a_move_of_a_hard_page_and_a_page_that_gains_precision() 
         copies = ArenaCopies(0, 0, one, one * 8, one * 16, np.array([src], np.uint8), np.array([dst], np.uint8))
         with pytest.raises(ReplayError, match=f"from {src} to {dst} bits"):
             replay.run(CommandBatch(waves=((copies,),)))
+
+
+def test_more_waves_than_a_key_has_room_for_are_refused():
+    """Beyond them the key of a copy would no longer fit int64; up to there the batch is made."""
+    arena = SimpleNamespace(group=0, index=0)
+    for waves in (MAX_WAVES, MAX_WAVES + 1):
+        log = CommandLog(1)
+        log.keys, log.locs = [copy_tag(0, 16, 8) | 3 << PAGE_SHIFT], [8 << LOC_SHIFT | 4]
+        log.top = log.base + waves - 1
+        if waves > MAX_WAVES:
+            with pytest.raises(LedgerError, match=f"{waves} waves in one batch, the command format knows {MAX_WAVES}"):
+                log.drain([arena])
+            continue
+        ((copies,),) = log.drain([arena]).waves
+        assert (copies.page.tolist(), copies.src_unit.tolist(), copies.dst_unit.tolist()) == ([3], [8], [4])
+        assert (copies.src_tier.tolist(), copies.dst_tier.tolist()) == ([16], [8])

@@ -74,7 +74,7 @@ def test_injected_failure(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         batch = drain()
         replay.run(batch, born)
         born.clear()
-        replay.check(ledger.book.classes != FREE)
+        replay.check(ledger.book.cls_np != FREE)
         return batch
 
     for method in ("extend", "append", "alloc"):

@@ -70,7 +70,7 @@ def make_old(world: World) -> None:
     ledger = world.ledger
     ledger.tick = TEN_YEARS
     ledger.log.base = ledger.log.top = TEN_YEARS * WAVES
-    ledger.book.gens += TEN_YEARS
+    ledger.book.gen_np += TEN_YEARS
     ledger.requests.tick += TEN_YEARS
     ledger.meter._bytes_sum = TEN_YEARS << 40
     ledger.meter._pages_sum = TEN_YEARS << 20

@@ -96,8 +96,8 @@ def test_wheel_metadata(built: tuple[Path, Path]) -> None:
     assert "Requires-Dist: sglang==0.5.15.post1" in text
     assert "License-Expression: Apache-2.0" in text
     assert re.search(r"^Requires-Python: .*>=3\.10", text, re.MULTILINE)
-    assert dict(points["sglang.srt.plugins"]) == {"pmkvq": "sglang_pmkvq.plugin:register"}
-    assert dict(points["console_scripts"]) == {"pmkvq": "sglang_pmkvq.cli:main"}
+    assert dict(points["sglang.srt.plugins"]) == {"pmkvq": "sglang_pmkvq.serving.plugin:register"}
+    assert dict(points["console_scripts"]) == {"pmkvq": "sglang_pmkvq.tools.cli:main"}
 
 
 def test_licence_is_apache_2() -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from benchmarks.reasoner import task
 from benchmarks.serving import free_port
-from sglang_pmkvq.demo import kv_bytes_per_token
+from sglang_pmkvq.tools.demo import kv_bytes_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "benchmarks" / "reasoner" / "model"
@@ -166,4 +166,4 @@ def test_installed_wheel_serves_from_another_directory(
         answer = json.loads(get(f"{url}/v1/chat/completions", body))["choices"][0]["message"]["content"]
         assert task.check(problem, answer), answer
         metrics = get(f"{url}/metrics").decode()
-    assert "sglang:pmkvq_pool_bytes{" in metrics
+    assert "sglang:pmkvq_storage_bytes{" in metrics

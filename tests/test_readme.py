@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reasoner import task
-from sglang_pmkvq import demo
+from sglang_pmkvq.tools import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

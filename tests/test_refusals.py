@@ -19,15 +19,17 @@ from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseCo
 from sglang.srt.server_args import ServerArgs
 
 from benchmarks.serving import REASONER, ROOT, ServerFailed, serve
-from sglang_pmkvq import runtime
-from sglang_pmkvq.attention.backend import PmkvqAttnBackend
-from sglang_pmkvq.config import PmkvqConfigError
-from sglang_pmkvq.install import verify_backend, verify_pools
-from sglang_pmkvq.patches import base, v0_5_15
-from sglang_pmkvq.pool import MixedPrecisionTokenPool
-from sglang_pmkvq.refusals import LAYER_REFUSALS, MODEL_REFUSALS, REFUSALS, check_model_facts
-from sglang_pmkvq.server_args import PmkvqServerArgs
-from sglang_pmkvq.sizing import _check_model
+from sglang_pmkvq.patches import base
+from sglang_pmkvq.patches.v0_5_15 import PATCH_SET
+from sglang_pmkvq.serving import runtime, versions
+from sglang_pmkvq.serving.attention import PmkvqAttnBackend
+from sglang_pmkvq.serving.config import PmkvqConfigError
+from sglang_pmkvq.serving.configurator import PmkvqPoolConfigurator
+from sglang_pmkvq.serving.engine import DefaultPoolConfigurator
+from sglang_pmkvq.serving.install import verify_backend, verify_pools
+from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool
+from sglang_pmkvq.serving.refusals import LAYER_REFUSALS, MODEL_REFUSALS, REFUSALS, check_model_facts
+from sglang_pmkvq.serving.server_args import PmkvqServerArgs
 from tests.support.models import make_model
 
 # Constructing stops before the model is looked at, so this path is never opened.
@@ -283,6 +285,7 @@ def runner(**changes: Any) -> SimpleNamespace:
         "head_dim": 128,
         "v_head_dim": 128,
         "has_attention_sinks": False,
+        "get_num_kv_heads": lambda size: 8,
     }
     args = {"attention_backend": "pmkvq", "chunked_prefill_size": 2048}
     facts: dict[str, Any] = {
@@ -292,6 +295,9 @@ def runner(**changes: Any) -> SimpleNamespace:
         "is_draft_worker": False,
         "kv_cache_dtype": torch.bfloat16,
         "dtype": torch.bfloat16,
+        "num_effective_layers": 32,
+        "tp_rank": 0,
+        "dp_rank": None,
     }
     for name, value in changes.items():
         owner = next((d for d in (model, args, facts) if name in d), None)
@@ -317,18 +323,39 @@ REFUSED_MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+class CanBeServedError(Exception):
+    """Nothing was refused: SGLang's own sizing would begin."""
+
+
+@pytest.fixture
+def _sizing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.layers import dp_attention
+
+    def begin(self: Any, built: Any) -> None:
+        raise CanBeServedError
+
+    monkeypatch.setattr(DefaultPoolConfigurator, "__init__", begin)
+    for name, value in (("rank", 0), ("size", 1)):
+        monkeypatch.setattr(dp_attention, f"get_attention_tp_{name}", lambda value=value: value)
+
+
+@pytest.mark.usefixtures("_sizing_begins")
 def test_every_refused_model_is_tried_here() -> None:
     assert [r.what for r in MODEL_REFUSALS] == list(REFUSED_MODELS)
-    _check_model(runner())  # type: ignore[arg-type]
-    _check_model(runner(hf_text_config=SimpleNamespace(sliding_window=4096, use_sliding_window=False)))  # type: ignore[arg-type]
+    unused = {"hf_text_config": SimpleNamespace(sliding_window=4096, use_sliding_window=False)}
+    for changes in ({}, unused):
+        with pytest.raises(CanBeServedError):
+            PmkvqPoolConfigurator(runner(**changes))  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("_sizing_begins")
 @pytest.mark.parametrize("what", REFUSED_MODELS)
 def test_refused_model(what: str) -> None:
     with pytest.raises(PmkvqConfigError, match=re.escape(what) + ".*; use --kv-quant none"):
-        _check_model(runner(**REFUSED_MODELS[what]))  # type: ignore[arg-type]
+        PmkvqPoolConfigurator(runner(**REFUSED_MODELS[what]))  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("_sizing_begins")
 @pytest.mark.parametrize(
     ("dtypes", "way_out"),
     [
@@ -338,7 +365,7 @@ def test_refused_model(what: str) -> None:
 )
 def test_refused_dtypes(dtypes: dict[str, Any], way_out: str) -> None:
     with pytest.raises(PmkvqConfigError, match=way_out):
-        _check_model(runner(**dtypes))  # type: ignore[arg-type]
+        PmkvqPoolConfigurator(runner(**dtypes))  # type: ignore[arg-type]
 
 
 def layer(**changes: Any) -> RadixAttention:
@@ -403,9 +430,7 @@ def test_a_pool_or_backend_of_another_kind_is_refused(monkeypatch: pytest.Monkey
 def test_a_hook_that_did_not_apply_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from sglang_pmkvq.plugin import hook_targets
-
-    paths = {target.path for target in hook_targets()}
+    paths = {target.path for target in versions.patch_set().targets}
     lost = sorted(paths)[0]
     pool, allocator = object(), object()
     monkeypatch.setattr(runtime, "_current", SimpleNamespace(pool=pool, allocator=allocator))
@@ -453,7 +478,7 @@ def test_models_that_end_the_start(
 def test_only_server_commands_are_started_again(
     argv: list[str], orig: list[str], server: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sglang_pmkvq import plugin
+    from sglang_pmkvq.serving import plugin
 
     restarted: list[list[str]] = []
     monkeypatch.setattr(sys, "argv", argv)
@@ -469,12 +494,13 @@ def test_only_server_commands_are_started_again(
 
 
 def changed(where: str, **fields: Any) -> base.Target:
-    (target,) = [t for t in v0_5_15.targets() if t.path.endswith(where)]
+    (target,) = [t for t in PATCH_SET.targets if t.path.endswith(where)]
     return dataclasses.replace(target, **fields)
 
 
 def test_hook_targets_are_as_we_know_them() -> None:
-    assert [base.check(t) for t in v0_5_15.targets()] == [None] * len(v0_5_15.targets())
+    assert [base.check(t) for t in PATCH_SET.targets] == [None] * len(PATCH_SET.targets)
+    assert list(PATCH_SET.broken()) == []
 
 
 def test_changed_parameters_are_reported() -> None:
@@ -496,29 +522,25 @@ def test_class_in_place_of_a_function_is_reported() -> None:
 
 
 def test_changed_sglang_refuses_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_pmkvq import plugin
-
     wrong = changed("common.release_kv_cache", parameters=("req",))
-    monkeypatch.setattr(plugin, "hook_targets", lambda: (wrong,))
-    plugin.check_installed.cache_clear()
+    monkeypatch.setattr(versions, "patch_set", lambda: base.PatchSet(PATCH_SET.versions, (wrong,), ()))
+    versions.check_installed.cache_clear()
     try:
         with pytest.raises(PmkvqConfigError, match="release_kv_cache .*parameters changed"):
             PmkvqServerArgs(model_path=NO_MODEL, device="cpu", kv_quant="pmkvq", pmkvq_allow_untested_sglang=True)
     finally:
-        plugin.check_installed.cache_clear()
+        versions.check_installed.cache_clear()
 
 
 def test_unknown_version_needs_consent(monkeypatch: pytest.MonkeyPatch) -> None:
     import sglang
 
-    from sglang_pmkvq import plugin
-
     monkeypatch.setattr(sglang, "__version__", "9.9.9")
-    plugin.check_installed.cache_clear()
+    versions.check_installed.cache_clear()
     try:
         with pytest.raises(PmkvqConfigError, match="untested SGLang version.*--pmkvq-allow-untested-sglang"):
             PmkvqServerArgs(model_path=NO_MODEL, device="cpu", kv_quant="pmkvq")
         args = {"model_path": str(REASONER), "device": "cpu", "kv_quant": "pmkvq"}
         assert PmkvqServerArgs(**args, pmkvq_allow_untested_sglang=True).attention_backend == "pmkvq"
     finally:
-        plugin.check_installed.cache_clear()
+        versions.check_installed.cache_clear()

@@ -20,6 +20,7 @@ from benchmarks.serving import REASONER, STRICT, generate_many, serve
 from benchmarks.steady import random_prompts
 from sglang_pmkvq import artifact
 from sglang_pmkvq.calib.run import Settings, calibrate
+from sglang_pmkvq.kernels.coding import Coding, Hadamard
 from tests.support.models import make_model
 
 pytestmark = pytest.mark.server
@@ -95,15 +96,15 @@ def test_keys_are_rotated_and_clipped_without_a_calibration() -> None:
         served = serve_case(server, ids, max(p.chain_tokens for p in problems) + 16)
         assert not server.errors()
     model = load(REASONER)
-    transforms = case.constants(case.geometry(model))
+    geometry = case.geometry(model)
     as_served, plain, unclipped = (
         np.concatenate(
             [
-                np.abs(replay(model, case, prompt, output, how)[0] - np.array(logprobs))
+                np.abs(replay(model, case, prompt, output, coding)[0] - np.array(logprobs))
                 for prompt, (output, logprobs) in zip(ids, served, strict=True)
             ]
         ).mean()
-        for how in (transforms, (None, None, False), (None, None, True))
+        for coding in (case.coding(geometry), Coding(), Coding(Hadamard(geometry.shape.head_dim)))
     )
     assert as_served < 1e-5
     assert as_served < plain / 1.5

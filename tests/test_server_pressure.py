@@ -127,11 +127,11 @@ def test_prometheus_agrees_with_the_ledger(server: Server) -> None:
     generate_many(server, bodies, len(bodies))
     metrics, pool = server.metrics(), server.pool()
     prefix = "sglang:pmkvq_"
-    assert metrics[f"{prefix}pool_bytes"] == pool["storage_bytes"]
+    assert metrics[f"{prefix}storage_bytes"] == pool["storage_bytes"]
     assert metrics[f"{prefix}logical_tokens"] == pool["logical_tokens"]
     for name in ("effective_bits", "effective_bits_avg", "effective_bits_peak"):
         assert metrics[f"{prefix}{name}"] > 0
-    assert metrics[f"{prefix}pool_bytes_used_peak"] >= metrics[f"{prefix}pool_bytes_used_avg"] > 0
+    assert metrics[f"{prefix}used_bytes_peak"] >= metrics[f"{prefix}used_bytes_avg"] > 0
     for tier in (16, 8, 4, 2):
         assert f"{prefix}pages{{tier={tier}}}" in metrics
         assert f"{prefix}bytes{{tier={tier}}}" in metrics
@@ -218,7 +218,7 @@ def test_timeline_becomes_a_picture(server: Server, timeline: Path, tmp_path: Pa
     assert any("bytes" in x for x in lines)
     picture = tmp_path / "timeline.png"
     subprocess.run(
-        [sys.executable, "-m", "sglang_pmkvq.cli", "report", str(timeline), "--out", str(picture)],
+        [sys.executable, "-m", "sglang_pmkvq.tools.cli", "report", str(timeline), "--out", str(picture)],
         check=True,
         capture_output=True,
     )

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_pmkvq.metrics import _AtEnd
-from sglang_pmkvq.report import draw, format_bytes, summarize, write_report
-from sglang_pmkvq.timeline import SCHEMA_KEY, TIER_KEYS, TimelineWriter, read_timeline
+from sglang_pmkvq.serving.request_bits import _AtEnd
+from sglang_pmkvq.timeline import SCHEMA, SCHEMA_KEY, TIER_KEYS, TimelineWriter, read_timeline
+from sglang_pmkvq.tools.report import draw, format_bytes, summarize, write_report
 
 MIB = 2**20
 
@@ -32,7 +32,7 @@ def row(tick: int, blocks: tuple[int, int, int, int] = (4, 0, 0, 0), bits: float
     return {
         "tick": tick,
         "bytes": tiers,
-        "pool_bytes": 8 * MIB,
+        "arena_bytes": 8 * MIB,
         "used_bytes": sum(tiers.values()),
         "effective_bits": bits,
         "pages_mapped": 7,
@@ -73,18 +73,6 @@ def test_rows_are_throttled_and_the_last_is_kept(tmp_path: Path) -> None:
     assert ticks[0] == 0
     assert ticks[-1] == 999
     assert ticks == sorted(ticks)
-
-
-def test_due_says_when_a_row_is_written(tmp_path: Path) -> None:
-    clock = Clock()
-    writer = TimelineWriter(tmp_path / "t", {}, max_rows_per_s=10, clock=clock)
-    assert writer.due()
-    writer.record(row(1))
-    assert not writer.due()
-    clock.now += 0.11
-    assert writer.due()
-    writer.close()
-    assert not writer.due()
 
 
 def test_events_of_one_name_are_counted_within_an_interval(tmp_path: Path) -> None:
@@ -169,6 +157,35 @@ def recorded(tmp_path: Path) -> Path:
     return tmp_path / "run.jsonl"
 
 
+def test_a_file_of_schema_1_reads_alike(tmp_path: Path) -> None:
+    """It said ``pool_bytes`` for what rows call ``arena_bytes`` and the header ``storage_bytes``."""
+    clock = Clock()
+    writer = TimelineWriter(tmp_path / "new", {"model": "m", "storage_bytes": 9 * MIB}, clock=clock)
+    for tick, blocks in enumerate([(4, 0, 0, 0), (1, 2, 3, 0)]):
+        writer.record(row(tick, blocks))
+        clock.now += 1.0
+    writer.event("retract", requests=2)
+    writer.close()
+    header, *entries = lines(tmp_path / "new")
+    assert header[SCHEMA_KEY] == SCHEMA == 2
+    assert [entry["arena_bytes"] for entry in entries[:2]] == [8 * MIB] * 2
+
+    def renamed(entry: dict[str, Any]) -> dict[str, Any]:
+        return {"pool_bytes" if key in ("arena_bytes", "storage_bytes") else key: x for key, x in entry.items()}
+
+    old = [{**renamed(header), SCHEMA_KEY: 1}, *map(renamed, entries)]
+    (tmp_path / "old").write_text("".join(json.dumps(entry) + "\n" for entry in old))
+    now, then = read_timeline(tmp_path / "new"), read_timeline(tmp_path / "old")
+    assert then.rows == now.rows and len(then.rows) == 2
+    assert then.events == now.events and then.events
+    assert {**then.header, SCHEMA_KEY: SCHEMA} == now.header
+    assert summarize(then) == summarize(now)
+    mixed = [{**header, SCHEMA_KEY: SCHEMA}, *map(renamed, entries)]
+    (tmp_path / "mixed").write_text("".join(json.dumps(entry) + "\n" for entry in mixed))
+    with pytest.raises(ValueError, match=r"mixed:2: neither a row nor an event"):
+        read_timeline(tmp_path / "mixed")
+
+
 def test_last_line_cut_short_is_left_out_at_any_byte(recorded: Path) -> None:
     """Wherever a kill cuts the last line, the rest is read, and the cut never makes a wrong row."""
     whole = recorded.read_bytes()
@@ -196,8 +213,10 @@ def test_damage_before_the_end_names_the_line(recorded: Path) -> None:
         (b"\x89PNG\r\n\x1a\n\x00\xff", "not a timeline"),
         (b'{"a": 1}\n', "not a timeline"),
         (b"[1, 2]\n", "not a timeline"),
-        (b'{"pmkvq_timeline": 99}\n', "expected timeline schema 1, got 99"),
+        (b'{"pmkvq_timeline": 99}\n', "expected timeline schema 1 or 2, got 99"),
+        (b'{"pmkvq_timeline": 2}\n', "no rows"),
         (b'{"pmkvq_timeline": 1}\n', "no rows"),
+        (b'{"pmkvq_timeline": 2}\n{"t": 1, "bytes": {"16": 1}}\n', "neither a row nor an event"),
         (b'{"pmkvq_timeline": 1}\n{"t": 1, "bytes": {"16": 1}}\n', "neither a row nor an event"),
     ],
 )
@@ -211,7 +230,7 @@ def test_summary_figures(recorded: Path) -> None:
     summary = summarize(read_timeline(recorded))
     assert summary.seconds == 4.0
     assert summary.rows == 5
-    assert summary.pool_bytes == 8 * MIB
+    assert summary.arena_bytes == 8 * MIB
     assert summary.peak_block_bytes == 7 * MIB
     assert summary.effective_bits_min == 4.0
     # Rows at 16, 12 and 6 bits hold one second each; the last has no width, the empty pool no bits.
@@ -277,7 +296,7 @@ def test_report_does_not_overwrite_the_timeline(recorded: Path) -> None:
 def test_report_of_very_many_rows_keeps_the_last(tmp_path: Path) -> None:
     path = tmp_path / "long"
     with open(path, "w") as file:
-        file.write(json.dumps({SCHEMA_KEY: 1}) + "\n")
+        file.write(json.dumps({SCHEMA_KEY: SCHEMA}) + "\n")
         for tick in range(20_000):
             file.write(json.dumps({"t": tick / 10, **row(tick)}) + "\n")
     figure = draw(read_timeline(path))

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
-from sglang_pmkvq.formats import SIDES, LayerGroup, PageShape
-from sglang_pmkvq.kernels import device_attention, page_ops
-from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
+from sglang_pmkvq.formats import SIDES, K, LayerGroup, PageShape
+from sglang_pmkvq.kernels import device_attention
+from sglang_pmkvq.kernels.coding import Coding, Scaled
+from sglang_pmkvq.kernels.device_attention import DeviceDecode, DeviceExtend
 from sglang_pmkvq.kernels.reference import attention as reference
 from sglang_pmkvq.kernels.reference.inputs import Inputs, make_inputs
 from sglang_pmkvq.kernels.storage import GroupStorage
+from sglang_pmkvq.kernels.torch_kernels import TorchKernels
+from sglang_pmkvq.kernels.triton_kernels import TritonKernels
 from tests.kernel_checks import reference_of
 
 FINALS = [(8, 8), (4, 4), (2, 2), (4, 2), (2, 8), (16, 4), (8, 16), (16, 16)]
@@ -39,8 +42,6 @@ RELATIVE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Rounding q̃ to the dot dtype moves a score by its error times the range of the keys.
 LSE_ABSOLUTE = {torch.float16: 1e-2, torch.bfloat16: 1e-1}
 SENTINEL = 12288.0
-# Of a calibration, in a storage.
-CONSTANTS = ("key_scale", "rotation", "key_clip", "clip_edge")
 # Bytes on either side of a fenced tensor, a multiple of every alignment.
 FENCE = 4096
 
@@ -54,7 +55,7 @@ def inputs_of(
 ) -> Inputs:
     """``make_inputs`` of one layer from a row of the matrix; even seeds have a key scale."""
     p, h, d, g, per_head = shape
-    more = {"query_heads": h * per_head, "key_scale": seed % 2 == 0, **more}
+    more = {"query_heads": h * per_head, "transform": "none" if seed % 2 else "scale", **more}
     return make_inputs(seed, PageShape(p, h, d, g), LayerGroup((0,), *finals), lens, dtype=dtype, **more)
 
 
@@ -62,9 +63,8 @@ def on_device(storage: GroupStorage, device: str) -> GroupStorage:
     """The same storage on a device."""
     arenas, meta = (tuple(None if t is None else t.to(device) for t in x) for x in (storage.arenas, storage.meta))
     counters = ("clipped_groups", "dropped_rows", "unmapped_reads")
-    others = {name: getattr(storage, name) for name in ("table", *CONSTANTS, *counters)}
-    others = {name: None if t is None else t.to(device) for name, t in others.items()}
-    return dataclasses.replace(storage, arenas=arenas, meta=meta, **others)
+    others = {name: getattr(storage, name).to(device) for name in ("table", *counters)}
+    return dataclasses.replace(storage, arenas=arenas, meta=meta, coding=storage.coding.on(device), **others)
 
 
 def fenced(storage: GroupStorage) -> tuple[GroupStorage, list[torch.Tensor]]:
@@ -77,9 +77,15 @@ def fenced(storage: GroupStorage) -> tuple[GroupStorage, list[torch.Tensor]]:
         whole.append(torch.full((old.nbytes + 2 * FENCE,), 0xA5, dtype=torch.uint8, device=old.device))
         return whole[-1][FENCE:-FENCE].view(old.dtype).view(old.shape).copy_(old)
 
-    fields = {name: inner(getattr(storage, name)) for name in ("table", *CONSTANTS)}
-    fields |= {name: tuple(inner(t) for t in getattr(storage, name)) for name in ("arenas", "meta")}
-    return dataclasses.replace(storage, **fields), whole
+    old = storage.coding
+    transform, clip = old.key_transform, inner(old.key_clip)
+    coding = Coding(Scaled(inner(transform.scale)) if isinstance(transform, Scaled) else transform, clip)
+    if clip is not None:
+        # What ``edges`` keeps once it was asked.
+        vars(coding)["_key_edges"] = inner(old.edges(K))
+        assert coding.edges(K).data_ptr() == whole[-1][FENCE:].data_ptr()
+    fields = {name: tuple(inner(t) for t in getattr(storage, name)) for name in ("arenas", "meta")}
+    return dataclasses.replace(storage, table=inner(storage.table), coding=coding, **fields), whole
 
 
 def check_fenced(whole: list[torch.Tensor]) -> None:
@@ -114,7 +120,7 @@ def fill_adversarial(storage: GroupStorage, pages: list[int], seed: int) -> None
     slots = (torch.tensor(pages)[:, None] * p + torch.arange(p)).flatten()
     for layer in range(storage.num_layers):
         kv = [adversarial(len(slots), h, d, seed + 2 * layer + side) for side in (0, 1)]
-        page_ops.store(storage, layer, slots, kv[0], kv[1], backend="torch")
+        TorchKernels().store(storage, layer, slots, kv[0], kv[1])
 
 
 def snapshot(storage: GroupStorage) -> list[torch.Tensor]:
@@ -133,11 +139,11 @@ def relative_error(out: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def run_guarded(
-    wrapper: MixedKVDecodeWrapper | MixedKVExtendWrapper, q: torch.Tensor, layer: int, scale: float, logit_cap: float
+    wrapper: DeviceDecode | DeviceExtend, q: torch.Tensor, layer: int, scale: float, logit_cap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and LSE of a run whose buffers stand between sentinels, which are checked afterwards."""
-    plan = wrapper._device
-    assert plan is not None and plan.buffers is not None
+    plan = wrapper.device_plan
+    assert plan.buffers is not None
     n = q.shape[0]
     out = torch.full((n + 2, *q.shape[1:]), SENTINEL, dtype=q.dtype, device=q.device)
     lse = torch.full((n + 2, q.shape[1]), SENTINEL, device=q.device)
@@ -158,15 +164,15 @@ def run_guarded(
     return out[1:-1], lse[1:-1]
 
 
-def check_decode(inputs: Inputs, logit_cap: float = 0.0, device: str = "cpu") -> MixedKVDecodeWrapper:
+def check_decode(inputs: Inputs, logit_cap: float = 0.0, device: str = "cpu") -> DeviceDecode:
     """Decode of all requests and layers on a device against the reference; ``inputs`` live on the CPU."""
     dtype = inputs.storage.dtype
     scale = inputs.storage.shape.head_dim**-0.5
-    wrapper = MixedKVDecodeWrapper(backend="triton")
+    wrapper = TritonKernels().decode()
     storage = on_device(inputs.storage, device)
     wrapper.plan(storage, inputs.req_pages.to(device), torch.tensor(inputs.kv_lens, device=device))
-    plan = wrapper._device
-    assert plan is not None and plan.buffers is not None and int(storage.unmapped_reads) == 0
+    plan = wrapper.device_plan
+    assert plan.buffers is not None and int(storage.unmapped_reads) == 0
     q = inputs.q.to(device, dtype)
     for layer in range(inputs.storage.num_layers):
         out, lse = run_guarded(wrapper, q, layer, scale, logit_cap)
@@ -182,7 +188,7 @@ def check_extend(inputs: Inputs, prefix_lens: list[int], logit_cap: float = 0.0,
     """Extend of all requests and layers on a device against the reference; ``inputs`` live on the CPU."""
     dtype = inputs.storage.dtype
     scale = inputs.storage.shape.head_dim**-0.5
-    wrapper = MixedKVExtendWrapper(backend="triton")
+    wrapper = TritonKernels().extend()
     wrapper.plan(on_device(inputs.storage, device), inputs.req_pages.to(device), prefix_lens, inputs.kv_lens)
     lengths = [n - p for n, p in zip(inputs.kv_lens, prefix_lens, strict=True)]
     q = torch.randn(sum(lengths), *inputs.q.shape[1:], generator=torch.Generator().manual_seed(1)).to(device, dtype)

@@ -43,8 +43,8 @@ MODULES = (
     "sglang.srt.layers.sampler",
     "sglang.launch_server",
     "sglang.benchmark.serving",
-    "sglang_pmkvq.plugin",
-    "sglang_pmkvq.attention.backend",
+    "sglang_pmkvq.serving.plugin",
+    "sglang_pmkvq.serving.attention",
     "sglang_pmkvq.kernels.warm_up",
     "benchmarks.gpu.suite",
 )

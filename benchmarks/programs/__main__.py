@@ -26,7 +26,7 @@ from benchmarks.programs.problems import Problem
 from benchmarks.programs.runs import Client, Program, figures
 from benchmarks.result import Key, Results
 from benchmarks.serving import Server, ServerFailed, serve
-from sglang_pmkvq.config import parse_size
+from sglang_pmkvq.serving.config import parse_size
 
 PROGRAMS = {
     program.name: program

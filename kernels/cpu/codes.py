@@ -65,25 +65,15 @@ def shift_codes(codes: torch.Tensor, dst_bits: int) -> torch.Tensor:
     return wide.add_(1 << (b - 1)).mul_(factor).bitwise_right_shift_(3 * b).to(torch.uint8)
 
 
-def clip_edges(clip: torch.Tensor) -> torch.Tensor:
-    """Where 4-bit codes become 2-bit code 1 instead of 0, int32 in 3 .. 8, for clip factors c in (0, 1].
-
-    2-bit codes then span the middle share c of the range, so level j lies at 15·((1 − c)/2 + c·j/3) on the scale
-    of 4-bit codes, and the first two meet at 7.5 − 5c. The upper half mirrors the lower. c = 1 gives 3, the edge of
-    the equivalent right shift.
-    """
-    return torch.ceil(7.5 - 5.0 * clip.double()).to(torch.int32)
-
-
 def shift_clipped(codes: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
-    """4-bit codes as 2-bit codes of a clipped range, uint8; ``edge`` (see ``clip_edges``) broadcasts against them."""
+    """4-bit codes as 2-bit codes of a clipped range, uint8; ``edge`` as ``coding.clip_edges`` has it, broadcast."""
     return (codes >= edge).to(torch.uint8).add_(codes >= 8).add_(codes >= 16 - edge)
 
 
 def shift_down(codes: torch.Tensor, src_bits: int, dst_bits: int, edge: torch.Tensor | None = None) -> torch.Tensor:
     """Codes of ``src_bits`` as codes of ``dst_bits``, one equivalent right shift per halving.
 
-    ``edge`` clips the range in the step from 4 to 2 bits (see ``clip_edges``).
+    ``edge`` clips the range in the step from 4 to 2 bits (see ``coding.clip_edges``).
     """
     while src_bits > dst_bits:
         src_bits //= 2

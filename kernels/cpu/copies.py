@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sglang_pmkvq.formats import K, tier_units
+from sglang_pmkvq.formats import tier_units
 from sglang_pmkvq.kernels.cpu import codes as codec
-from sglang_pmkvq.kernels.cpu.rotation import rotate_keys
 from sglang_pmkvq.kernels.storage import GroupStorage
 
 # Elements (over all layers) that one round of copies converts at once: bounds the fp32 workspace
@@ -51,11 +50,7 @@ def _quantize(storage: GroupStorage, side: int, dst_tier: int, page: torch.Tenso
     data = storage.blocks(side, 16).index_select(1, src).view(storage.dtype)
     x = data.view(storage.num_layers, -1, s.page_size, s.num_kv_heads, s.head_dim).transpose(2, 3)
     x = x.to(torch.float32, memory_format=torch.contiguous_format)  # [L, n, H, P, D]
-    if side == K and storage.key_scale is not None:
-        x /= storage.key_scale[:, None, :, None, :]
-    if side == K and storage.rotation is not None:
-        x = rotate_keys(x)
-    q = codec.quantize(x, s.group_size)
+    q = codec.quantize(storage.coding.transformed(side, x), s.group_size)
     meta.index_copy_(1, page, q.meta.transpose(3, 4).contiguous())
     storage.clipped_groups.add_(q.clipped)
     return codec.pack(codec.shift_down(q.codes, 8, dst_tier, _edge(storage, side)), dst_tier).flatten(2)
@@ -72,4 +67,5 @@ def _shift(storage: GroupStorage, side: int, src_tier: int, dst_tier: int, src: 
 
 def _edge(storage: GroupStorage, side: int) -> torch.Tensor | None:
     """Clip edges of a side, to be broadcast against codes ``[L, n, H, P, D]``."""
-    return None if side != K or storage.clip_edge is None else storage.clip_edge[:, None, :, None, None]
+    edges = storage.coding.edges(side)
+    return None if edges is None else edges[:, None, :, None, None]

@@ -1,35 +1,24 @@
 """Attention of a run of items on codes, in fp32: one split-KV partial per item, and their merge.
 
-With q̃ = query · s (key scale; or the rotated query) · softmax scale, per group γ of G channels:
+With q̃ = the query as it reads codes (``coding.queries``) · softmax scale, per group γ of G channels:
 
     S[t]  = Σ_γ ( scale_k[t,γ] · (q̃_γ · codes_γ[t]) + zero_k[t,γ] · Σ_{d∈γ} q̃_d )
     O_γ   = Σ_t (p[t] · scale_v[t,γ]) · codes_γ[t] + Σ_t p[t] · zero_v[t,γ]
 
-so no dequantized K or V is ever formed. Codes are widened to fp32 a block at a time, in a workspace that stays in the
-core's L2: what this costs is memory traffic, not arithmetic. Planes of codes below 8 bits are masked, not shifted, so
-plane i holds codes · 2^(b·i); the query, or the output, is multiplied by the inverse, which is exact. Few queries read
-the planes apart, as they are packed; for many it pays to put the channels in order first.
+so no dequantized K or V is ever formed. Codes are widened to fp32 a strip at a time (``unpack``): what this costs is
+memory traffic, not arithmetic.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from sglang_pmkvq.formats import K, V
-from sglang_pmkvq.kernels import plan
+from sglang_pmkvq.kernels.cpu.unpack import plane_factor, planes_apart, unpacked
 from sglang_pmkvq.kernels.plan import Run, Tile
 from sglang_pmkvq.kernels.storage import GroupStorage
-
-# Forms of blocks whose views a workspace keeps.
-MAX_FORMS = 256
-# Queries per row up to which planes are read apart: a product over the channels of a plane is slower than one over all
-# of them, and putting them in order costs as much as some ten queries.
-PLANAR_QUERIES = 16
 
 
 class Partial(NamedTuple):
@@ -38,84 +27,6 @@ class Partial(NamedTuple):
     peak: torch.Tensor
     total: torch.Tensor
     out: torch.Tensor
-
-
-class Unpacked(NamedTuple):
-    """Views of a workspace for blocks of one form, made once: anew they would cost half of a block's time.
-
-    Attributes:
-        gathered: rows of the block as they are stored: int64 words of codes, 16-bit values in their own dtype.
-        words, masked: codes below 8 bits, int64 ``[B, 1, x]``, and their planes ``[B, n, x]``; else None.
-        narrow, target: bytes or 16-bit values and where they are widened to, fp32, of equal shape.
-        values: what comes of it, fp32 ``[B*n, T, w]``. transposed: the same, ``[B*n, w, T]``.
-    """
-
-    gathered: torch.Tensor
-    words: torch.Tensor | None
-    masked: torch.Tensor | None
-    narrow: torch.Tensor
-    target: torch.Tensor
-    values: torch.Tensor
-    transposed: torch.Tensor
-
-
-class Workspace:
-    """What one block is unpacked in: 7 bytes per element, one per thread and device, used anew by every block."""
-
-    _own = threading.local()
-
-    def __init__(self, elements: int, device: torch.device) -> None:
-        self.elements = elements
-        self._gathered = torch.empty(elements // 4, dtype=torch.int64, device=device)
-        self._masked = torch.empty(elements // 8, dtype=torch.int64, device=device)
-        self._wide = torch.empty(elements, dtype=torch.float32, device=device)
-        self._forms: dict[tuple[object, ...], Unpacked] = {}
-
-    @classmethod
-    def of(cls, storage: GroupStorage) -> Workspace:
-        """This thread's workspace: for ``BLOCK_ELEMENTS``, or for one page of all heads if that is more."""
-        s = storage.shape
-        elements = max(plan.BLOCK_ELEMENTS, s.page_size * s.num_kv_heads * s.head_dim)
-        held: dict[torch.device, Workspace] = cls._own.__dict__.setdefault("held", {})
-        found = held.get(storage.device)
-        if found is None or found.elements < elements:
-            found = held[storage.device] = cls(elements, storage.device)
-        return found
-
-    @property
-    def nbytes(self) -> int:
-        return self._gathered.nbytes + self._masked.nbytes + self._wide.nbytes
-
-    def form(self, storage: GroupStorage, bits: int, b: int, pages: int, planar: bool) -> Unpacked:
-        """Views for blocks of ``b`` rows (item, head) of ``pages`` pages, see ``_unpacked``."""
-        key = (storage.shape, storage.dtype, bits, b, pages, planar)
-        found = self._forms.get(key)
-        if found is None:
-            if len(self._forms) >= MAX_FORMS:
-                self._forms.clear()
-            found = self._forms[key] = self._make(storage, bits, b, pages, planar)
-        return found
-
-    def _make(self, storage: GroupStorage, bits: int, b: int, pages: int, planar: bool) -> Unpacked:
-        s = storage.shape
-        h, d, t = s.num_kv_heads, s.head_dim, pages * s.page_size
-        count, n = b * t * d, max(1, 8 // bits)
-        wide = self._wide[:count]
-        gathered = self._gathered[: count * bits // 64]
-        words = masked = None
-        if bits == 16:
-            values16 = gathered.view(storage.dtype)
-            gathered = values16.view(b * pages // h, -1)
-            narrow, target = values16.view(-1, t, h, d).transpose(1, 2), wide.view(-1, h, t, d)
-        else:
-            gathered = gathered.view(b * pages, -1)
-            if n > 1:
-                words = gathered.view(b, 1, -1)
-                masked = self._masked[: count // 8].view(b, n, -1)
-            narrow = (gathered if masked is None else masked).view(torch.uint8).view(b, n, t, d // n)
-            target = wide.view(b, n, t, d // n) if planar else wide.view(b, t, n, d // n).transpose(1, 2)
-        values = wide.view(-1, t, d // n) if planar else wide.view(b, t, d)
-        return Unpacked(gathered, words, masked, narrow, target, values, values.transpose(1, 2))
 
 
 def attend_tile(
@@ -132,7 +43,7 @@ def attend_tile(
     Args:
         layer: layer within the group.
         q: fp32 ``[B, M, D]``, queries times the softmax scale.
-        q_low: the same for quantized K: times the key scale, or rotated.
+        q_low: the same as it reads quantized K (``coding.queries``).
         logit_cap: scores become cap·tanh(score/cap) if positive.
         q_position: int32 ``[M, 1]`` positions of the queries for the causal mask (tiles with
             positions only), or None if every query sees every token of the tile.
@@ -162,8 +73,8 @@ def _scores(storage: GroupStorage, layer: int, tile: Tile, q: torch.Tensor, q_lo
     for run in tile.runs:
         rows = slice(run.start, run.stop)
         if run.tiers[K] == 16:
-            views = _unpacked(storage, K, layer, tile, run, m)
-            parts = zip(views, q[rows].split(run.block_rows), scores[rows].split(run.block_rows), strict=True)
+            views = unpacked(storage, K, layer, tile, run, m)
+            parts = zip(views, q[rows].split(run.strip_rows), scores[rows].split(run.strip_rows), strict=True)
             for view, q_part, part in parts:
                 torch.bmm(q_part, view.transposed, out=part)
         else:
@@ -193,11 +104,11 @@ def _output(storage: GroupStorage, layer: int, tile: Tile, p: torch.Tensor) -> t
     for run in tile.runs:
         rows = slice(run.start, run.stop)
         if run.tiers[V] == 16:
-            views = _unpacked(storage, V, layer, tile, run, m)
-            parts = zip(run.blocks, views, p[rows].split(run.block_rows), out[rows].split(run.block_rows), strict=True)
-            for block, view, weights, part in parts:
-                if block.absent_rows is not None:
-                    view.values.view(-1, view.values.shape[-1]).index_fill_(0, block.absent_rows, 0.0)  # likewise
+            views = unpacked(storage, V, layer, tile, run, m)
+            parts = zip(run.strips, views, p[rows].split(run.strip_rows), out[rows].split(run.strip_rows), strict=True)
+            for strip, view, weights, part in parts:
+                if strip.absent_rows is not None:
+                    view.values.view(-1, view.values.shape[-1]).index_fill_(0, strip.absent_rows, 0.0)  # likewise
                 torch.bmm(weights, view.values, out=part)
         else:
             own = scale[run.start - whole : run.stop - whole]
@@ -213,18 +124,18 @@ def _dots_on_codes(storage: GroupStorage, layer: int, tile: Tile, run: Run, q: t
     bits, (b, m, d) = run.tiers[K], q.shape
     groups, t = out.shape[1], out.shape[3]
     g = d // groups
-    n = _planes(bits, m)
+    n = planes_apart(bits, m)
     w = d // n
     if bits < 8:
         planes = q.new_empty(b, n, m, w)
-        q = torch.mul(q.view(b, m, n, w).transpose(1, 2), _plane_factor(bits, n, w, q.device), out=planes)
+        q = torch.mul(q.view(b, m, n, w).transpose(1, 2), plane_factor(bits, n, w, q.device), out=planes)
     q = q.view(b * n, m, w)
     # Per run of channels of one plane and one group; those of a group are summed.
     if w > g:
         dots = out.view(b * n, w // g, m, t)
     else:
         dots = out.view(b * n, m, t) if w == g else q.new_empty(b * n, m, t)
-    views, size = _unpacked(storage, K, layer, tile, run, m), run.block_rows * n
+    views, size = unpacked(storage, K, layer, tile, run, m), run.strip_rows * n
     for view, q_part, part in zip(views, q.split(size), dots.split(size), strict=True):
         if w > g:
             for i in range(w // g):
@@ -243,14 +154,14 @@ def _output_on_codes(
     bits, (b, m, t) = run.tiers[V], p.shape
     groups, d = scale.shape[1], out.shape[2]
     g = d // groups
-    n = _planes(bits, m)
+    n = planes_apart(bits, m)
     w = d // n
     # Where a group spans several planes its weights are written once for each.
     weights = p.new_empty(b, groups, max(1, n // groups), m, t)
     torch.mul(p[:, None, None], scale.unsqueeze(2).expand(-1, -1, weights.shape[2], -1, -1), out=weights)
     weights = weights.view(b * n, *((w // g, m, t) if w > g else (m, t)))
     planes = out if n == 1 else out.new_empty(b * n, m, w)
-    views, size = _unpacked(storage, V, layer, tile, run, m), run.block_rows * n
+    views, size = unpacked(storage, V, layer, tile, run, m), run.strip_rows * n
     for view, own, part in zip(views, weights.split(size), planes.split(size), strict=True):
         if w > g:
             for i in range(w // g):
@@ -259,7 +170,7 @@ def _output_on_codes(
         else:
             torch.bmm(own, view.values, out=part)
     if bits < 8:
-        factor = _plane_factor(bits, n, w, out.device)
+        factor = plane_factor(bits, n, w, out.device)
         ordered = out.view(b, m, n, w).transpose(1, 2)
         if n == 1:
             ordered.mul_(factor)
@@ -267,63 +178,24 @@ def _output_on_codes(
             torch.mul(planes.view(b, n, m, w), factor, out=ordered)
 
 
-def _planes(bits: int, queries: int) -> int:
-    """Planes that products go over one by one."""
-    return 8 // bits if queries <= PLANAR_QUERIES else 1
-
-
-@lru_cache(maxsize=64)
-def _plane_factor(bits: int, n: int, w: int, device: torch.device) -> torch.Tensor:
-    """What undoes the places of unshifted planes, fp32 ``[n, 1, w]``: 2^(−b·i) for the channels of plane i."""
-    plane = torch.arange(n * w, device=device) // (n * w * bits // 8)
-    return torch.exp2(-bits * plane.to(torch.float32)).view(n, 1, w)
-
-
-@lru_cache(maxsize=8)
-def _plane_masks(bits: int, device: torch.device) -> torch.Tensor:
-    """The bits of each plane in every byte of a word, int64 ``[8/bits, 1]``."""
-    byte = [((1 << bits) - 1) << (bits * i) for i in range(8 // bits)]
-    words = torch.tensor(byte, dtype=torch.uint8).unsqueeze(1).repeat(1, 8).view(torch.int64)
-    return words.to(device)
-
-
-def _unpacked(storage: GroupStorage, side: int, layer: int, tile: Tile, run: Run, queries: int) -> Iterator[Unpacked]:
-    """The blocks of a run as fp32 in the workspace, each until the next is asked for.
-
-    16-bit values, or codes with plane i times 2^(bits·i); ``[B*n, T, w]`` with n planes of w = D/n channels where
-    planes are read apart, else n = 1, w = D and the channels in order.
-    """
-    bits, workspace = run.tiers[side], Workspace.of(storage)
-    rows = storage.page_rows16[side][layer] if bits == 16 else storage.code_words[bits][side][layer]
-    view, size = None, 0
-    for block in run.blocks:
-        if view is None or block.stop - block.start != size:
-            size = block.stop - block.start
-            view = workspace.form(storage, bits, size, tile.pages_per_item, queries <= PLANAR_QUERIES)
-        torch.index_select(rows, 0, block.rows[side], out=view.gathered)
-        if view.words is not None and view.masked is not None:
-            torch.bitwise_and(view.words, _plane_masks(bits, rows.device), out=view.masked)
-        view.target.copy_(view.narrow)
-        yield view
-
-
 def _zero_scale(storage: GroupStorage, side: int, layer: int, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     """zero and scale = range/(2^b − 1) of the rows with codes, fp32 ``[B, D/G, 1, T]`` each, free to be changed.
 
-    2-bit codes of keys span the middle share of the stored range that ``storage.key_clip`` says.
+    2-bit codes of keys span the middle share of the stored range that the coding's ``key_clip`` says.
     """
     s = storage.shape
     got = storage.meta_rows[side][layer].index_select(0, tile.meta_rows[side])
     got = got.view(-1, tile.pages_per_item, s.groups_per_head, s.page_size, 2).permute(4, 0, 2, 1, 3)
     pair = torch.empty(got.shape, dtype=torch.float32, device=got.device).copy_(got)
     zero, span = pair.flatten(3).unsqueeze(3).unbind(0)
-    if side == K and storage.key_clip is not None:
+    clip = storage.coding.key_clip
+    if side == K and clip is not None:
         for run in tile.runs:
             if run.tiers[K] == 2:
                 rows = slice(run.start - tile.whole[K], run.stop - tile.whole[K])
-                share = storage.key_clip[layer].repeat((run.stop - run.start) // s.num_kv_heads)[:, None, None, None]
-                zero[rows].addcmul_(span[rows], 0.5 - 0.5 * share)
-                span[rows].mul_(share)
+                factor = clip[layer].repeat((run.stop - run.start) // s.num_kv_heads)[:, None, None, None]
+                zero[rows].addcmul_(span[rows], 0.5 - 0.5 * factor)
+                span[rows].mul_(factor)
     return zero, span.div_(tile.levels[side])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from sglang_pmkvq.formats import STEP_BITS, STEP_MASK, UNITS_PER_SUPERBLOCK, K, tier_units
-from sglang_pmkvq.kernels.reference.codes import clipped_range, dequantize, unpack_page, unrotated_keys
+from sglang_pmkvq.kernels.reference.codes import clipped_range, dequantize, restored_keys, unpack_page
 from sglang_pmkvq.kernels.storage import GroupStorage
 
 
@@ -48,9 +48,9 @@ def attention(
 
 
 def read_page(storage: GroupStorage, side: int, layer: int, page: int) -> torch.Tensor:
-    """One page of a storage as fp32 ``[P, H, D]``, through its table, at whatever tier it has.
+    """One page of a storage as fp32 ``[P, H, D]`` on the host, through its table, at whatever tier it has.
 
-    Keys come back in the model's own units (turned back, times the key scale). Addresses are computed
+    Keys come back in the model's own units, their transform undone. Addresses are computed
     from bytes here, not by the storage's views.
     """
     shape, group = storage.shape, storage.group
@@ -58,7 +58,7 @@ def read_page(storage: GroupStorage, side: int, layer: int, page: int) -> torch.
     assert entry >= 0, f"page {page} is unmapped"
     tier = group.steps[entry & STEP_MASK][side]
     start = (entry >> STEP_BITS) * shape.unit_bytes
-    raw = storage.arenas[side][layer][start : start + tier_units(tier) * shape.unit_bytes].clone()
+    raw = storage.arenas[side][layer][start : start + tier_units(tier) * shape.unit_bytes].cpu().clone()
     heads, tokens, dim = shape.num_kv_heads, shape.page_size, shape.head_dim
     if tier == 16:
         assert (entry >> STEP_BITS) % UNITS_PER_SUPERBLOCK == 0
@@ -66,16 +66,15 @@ def read_page(storage: GroupStorage, side: int, layer: int, page: int) -> torch.
     codes = unpack_page(raw.view(heads, tokens, dim * tier // 8), tier)
     meta = storage.meta[side]
     assert meta is not None
-    pair = meta[layer, page]  # [H, D/G, P, 2]
+    pair = meta[layer, page].cpu()  # [H, D/G, P, 2]
     pair = pair.permute(0, 2, 1, 3).repeat_interleave(shape.group_size, dim=2)  # [H, P, D, 2]
     zero, span = pair[..., 0], pair[..., 1]
-    if side == K and tier == 2 and storage.key_clip is not None:
-        zero, span = clipped_range(zero, span, storage.key_clip[layer][:, None, None])
+    coding = storage.coding.on("cpu").pick(layer)
+    if side == K and tier == 2 and coding.key_clip is not None:
+        zero, span = clipped_range(zero, span, coding.key_clip[:, None, None])
     values = dequantize(codes, zero, span, tier)
-    if side == K and storage.rotation is not None:
-        values = unrotated_keys(values)
-    if side == K and storage.key_scale is not None:
-        values = values * storage.key_scale[layer][:, None, :]
+    if side == K:
+        values = restored_keys(values, coding.key_transform)
     return values.transpose(0, 1)
 
 

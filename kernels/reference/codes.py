@@ -1,6 +1,7 @@
 """Quantizer, equivalent right shift and page packing, written as they are defined.
 
-Nothing here is imported by the fast paths, and nothing of theirs is used here.
+Nothing here is imported by the fast paths, and of theirs only the record of what is done to keys is read, none of its
+arithmetic.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import math
 from fractions import Fraction
 
 import torch
+
+from sglang_pmkvq.formats import TIERS
+from sglang_pmkvq.kernels.coding import Coding, Hadamard, KeyTransform, Scaled
 
 FP16_MAX = 65504.0
 
@@ -40,8 +44,8 @@ def clipped_shift_code(code: int, clip: float) -> int:
     On the scale of 4-bit codes level j lies at 15·((1 − clip)/2 + clip·j/3). Ties go to the inner level; without
     clipping there are none, and this is ``shift_code(code, 2)``.
     """
-    share = Fraction(clip)
-    levels = [15 * ((1 - share) / 2 + share * j / 3) for j in range(4)]
+    factor = Fraction(clip)
+    levels = [15 * ((1 - factor) / 2 + factor * j / 3) for j in range(4)]
     return min(range(4), key=lambda j: (abs(levels[j] - code), abs(2 * j - 3)))
 
 
@@ -110,39 +114,41 @@ def unrotated_keys(x: torch.Tensor) -> torch.Tensor:
     return walsh_hadamard(x) / 2 ** math.floor(math.log2(x.shape[-1]) / 2)
 
 
-def fake_quantize(
-    x: torch.Tensor,
-    bits: int,
-    group_size: int,
-    key_scale: torch.Tensor | None = None,
-    clip: torch.Tensor | None = None,
-    hadamard: bool = False,
-) -> torch.Tensor:
+def transformed_keys(x: torch.Tensor, transform: KeyTransform) -> torch.Tensor:
+    """What is quantized of one layer's keys ``[..., H, T, D]``, fp32."""
+    if isinstance(transform, Scaled):
+        return x / transform.scale[:, None]
+    return rotated_keys(x) if isinstance(transform, Hadamard) else x
+
+
+def restored_keys(x: torch.Tensor, transform: KeyTransform) -> torch.Tensor:
+    """Inverse of ``transformed_keys``."""
+    if isinstance(transform, Scaled):
+        return x * transform.scale[:, None]
+    return unrotated_keys(x) if isinstance(transform, Hadamard) else x
+
+
+def fake_quantize(x: torch.Tensor, bits: int, group_size: int, coding: Coding | None = None) -> torch.Tensor:
     """What a reader of the pool sees instead of ``x [..., D]`` at ``bits``: same shape and dtype.
 
     The pool's chain (16 → 8 → … → bits), fp16 (zero, range) included; 16 bits return ``x`` itself.
-    With ``key_scale [..., D]`` (broadcast against ``x``) x / s is quantized and the result multiplied
-    by s; with ``hadamard`` x is rotated first and the result turned back. At 2 bits codes span the middle share
-    ``clip [...]`` (fp32, broadcast against ``x[..., 0]``) of each range. Meant as an end-to-end oracle on another
-    framework's cache, so it works on whole tensors; ``quantize_group`` and ``chain`` are the definitions that it is
-    tested against.
+    Meant as an end-to-end oracle on another framework's cache, so it works on whole tensors; ``quantize_group`` and
+    ``chain`` are the definitions that it is tested against.
+
+    Args:
+        coding: of one layer (``Coding.pick``): then ``x`` are its keys ``[..., H, T, D]``. None: coded as they are.
 
     Raises:
-        ValueError: a width or group size that the pool does not have, or D to be rotated and no power of two.
+        ValueError: a width or group size that the pool does not have.
     """
-    if bits not in (16, 8, 4, 2):
-        raise ValueError(f"bits must be one of (16, 8, 4, 2), got {bits}")
+    if bits not in TIERS:
+        raise ValueError(f"bits must be one of {TIERS}, got {bits}")
     if x.shape[-1] % group_size:
         raise ValueError(f"group_size must divide {x.shape[-1]}, got {group_size}")
-    if hadamard and x.shape[-1].bit_count() != 1:
-        raise ValueError(f"a Hadamard rotation needs a power of two of channels, got {x.shape[-1]}")
+    coding = coding or Coding()
     if bits == 16:
         return x
-    values = x.float()
-    if key_scale is not None:
-        values = values / key_scale
-    if hadamard:
-        values = rotated_keys(values)
+    values = transformed_keys(x.float(), coding.key_transform)
     groups = values.reshape(*x.shape[:-1], -1, group_size)
     low = groups.min(dim=-1, keepdim=True).values
     high = groups.max(dim=-1, keepdim=True).values
@@ -153,9 +159,9 @@ def fake_quantize(
     codes = torch.round((groups - zero) * 255.0 / divisor).clamp(0, 255)
     codes = torch.where((span > 0) & ~broken, codes, torch.zeros_like(codes))
     width = 8
-    if bits == 2 and clip is not None:
+    if bits == 2 and coding.key_clip is not None:
         codes = torch.floor(codes / 17 + 0.5)
-        clip = clip.expand(x.shape[:-1])[..., None, None]
+        clip = coding.key_clip[:, None].expand(x.shape[:-1])[..., None, None]
         # Half-way between levels 0 and 1, and between 2 and 3, on the scale of 4-bit codes; exact in fp64.
         low, high = 7.5 - 5 * clip.double(), 7.5 + 5 * clip.double()
         codes = (codes >= low).float() + (codes >= 8) + (codes > high)
@@ -167,9 +173,4 @@ def fake_quantize(
         # and never equals one from rounding, because 2^b + 1 is odd.
         codes = torch.floor(codes / (2**width + 1) + 0.5)
     out = torch.where(broken, torch.full_like(groups, math.nan), codes * (span / (2**bits - 1)) + zero)
-    out = out.reshape(x.shape)
-    if hadamard:
-        out = unrotated_keys(out)
-    if key_scale is not None:
-        out = out * key_scale
-    return out.to(x.dtype)
+    return restored_keys(out.reshape(x.shape), coding.key_transform).to(x.dtype)

@@ -10,8 +10,9 @@ import torch
 
 from sglang_pmkvq.commands import ArenaCopies, TableUpdate
 from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, LayerGroup, PageShape, tier_units
-from sglang_pmkvq.kernels import page_ops
+from sglang_pmkvq.kernels.coding import Coding, Scaled, key_transform
 from sglang_pmkvq.kernels.storage import GroupStorage
+from sglang_pmkvq.kernels.torch_kernels import TorchKernels
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,8 @@ def make_inputs(
     *,
     query_heads: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    key_scale: bool = False,
-    key_clip: bool = False,
-    hadamard: bool = False,
+    transform: str = "none",
+    clip: bool = False,
     stale: bool = True,
 ) -> Inputs:
     """Requests with random K and V, their pages taken down to their steps one step at a time.
@@ -60,9 +60,8 @@ def make_inputs(
     Args:
         steps: step of every page, or one per page in order of the requests, or None for random ones.
         query_heads: Hq, default H.
-        key_scale: random key scales between 1/4 and 4 instead of None.
-        key_clip: random clip factors between 0.4 and 1 instead of None.
-        hadamard: rotate keys before they are quantized; not with ``key_scale``.
+        transform: of keys, see ``kernels/coding.py``; key scales are random, between 1/4 and 4.
+        clip: random clip factors of keys between 0.4 and 1 instead of None.
         stale: fill arenas and side arrays with random bytes first, and leave slots past the end of
             a sequence unwritten, so that reading what does not belong to a request shows.
     """
@@ -78,12 +77,11 @@ def make_inputs(
         page_steps[1:] = rng.integers(0, group.final_step + 1, n_pages)
     else:
         page_steps[ids] = steps
-    scale = torch.exp2(torch.rand(layers, h, d, generator=gen) * 4 - 2) if key_scale else None
-    share = 0.4 + 0.6 * torch.rand(layers, h, generator=torch.Generator().manual_seed(seed + 1)) if key_clip else None
+    scale = torch.exp2(torch.rand(layers, h, d, generator=gen) * 4 - 2) if transform == Scaled.name else None
+    factor = 0.4 + 0.6 * torch.rand(layers, h, generator=torch.Generator().manual_seed(seed + 1)) if clip else None
+    coding = Coding(key_transform(transform, d, scale), factor)
     superblocks = [2 * (n_pages + 1) + len(group.steps)] * len(group.arena_sides)
-    storage = GroupStorage.allocate(
-        shape, group, superblocks, n_pages, dtype, key_scale=scale, key_clip=share, hadamard=hadamard
-    )
+    storage = GroupStorage.allocate(shape, group, superblocks, n_pages, dtype, coding=coding)
     if stale:
         for t in (*storage.arenas, *(m for m in storage.meta if m is not None)):
             raw = t.view(torch.uint8)
@@ -100,7 +98,7 @@ def make_inputs(
     written = tuple(torch.randn(layers, (n_pages + 1) * p, h, d, generator=gen).to(dtype) for _ in range(2))
     slot = torch.from_numpy(np.concatenate(slots))
     for layer in range(layers):
-        page_ops.store(storage, layer, slot, written[0][layer, slot], written[1][layer, slot])
+        TorchKernels().store(storage, layer, slot, written[0][layer, slot], written[1][layer, slot])
 
     # Blocks of a step go to fresh superblocks, in random order: out of place, as the ledger does it.
     fresh = [(n_pages + 1) * UNITS_PER_SUPERBLOCK] * len(group.arena_sides)
@@ -112,7 +110,7 @@ def make_inputs(
                 continue
             dst = fresh[a] + np.arange(moving.size) * tier_units(dst_tier)
             fresh[a] = -(-(int(dst[-1]) + tier_units(dst_tier)) // UNITS_PER_SUPERBLOCK) * UNITS_PER_SUPERBLOCK
-            page_ops.execute(storage, [copies(a, moving, units[a][moving], dst, src_tier, dst_tier)])
+            TorchKernels().copy(storage, copies(a, moving, units[a][moving], dst, src_tier, dst_tier))
             units[a][moving] = dst
     _map(storage, units, page_steps)
     q = torch.randn(len(kv_lens), query_heads or h, d, generator=gen)
@@ -137,7 +135,6 @@ def copies(
 
 def _map(storage: GroupStorage, units: list[np.ndarray], steps: np.ndarray) -> None:
     pages = np.arange(len(steps), dtype=np.int32)
-    page_ops.apply_table(
-        storage,
-        [TableUpdate(0, a, pages, ((u << STEP_BITS) | steps).astype(np.int32)) for a, u in enumerate(units)],
-    )
+    for arena, unit in enumerate(units):
+        entries = ((unit << STEP_BITS) | steps).astype(np.int32)
+        TorchKernels().update_table(storage, TableUpdate(0, arena, pages, entries))

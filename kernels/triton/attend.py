@@ -1,6 +1,6 @@
 """Attention of query rows over a run of pages of one step: the loop that decode and extend share.
 
-With q̃ = query · key scale, or the rotated query, rounded to the dot dtype, and per group γ of G channels:
+With q̃ = the query as it reads codes (``coding.queries``), rounded to the dot dtype, and per group γ of G channels:
 
     S[t] = Σ_γ (scale[t,γ] · (q̃_γ · codes_γ[t]) + zero[t,γ] · Σ_{d∈γ} q̃_d)
     O_γ  = Σ_t (p[t] · scale[t,γ]) · codes_γ[t] + Σ_t p[t] · zero[t,γ]
@@ -27,11 +27,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 def chunk_width(bits, head_dim, group):
     """Bytes of a row that one dot takes: a plane is head_dim·bits/8 wide, cut where a group ends."""
     return min(head_dim * bits // 8, group)
-
-
-@triton.constexpr_function
-def chunk_count(bits, head_dim, group):
-    return head_dim // chunk_width(bits, head_dim, group)
 
 
 @triton.jit
@@ -90,37 +85,31 @@ def rescale(x, alpha, DEFER: tl.constexpr):
 
 
 @triton.jit
-def load_query(q, q_offset, row_ok, first, N: tl.constexpr, key_scale, SCALED: tl.constexpr, DOT: tl.constexpr):
-    """Columns ``first .. first + N`` of the query rows in DOT, times the key scale if SCALED."""
+def load_query(q, q_offset, row_ok, first, N: tl.constexpr, DOT: tl.constexpr):
+    """Columns ``first .. first + N`` of the query rows in DOT."""
     column = first + tl.arange(0, N)
-    x = tl.load(q + (q_offset[:, None] + column[None, :]), mask=row_ok[:, None], other=0.0)
-    if SCALED:
-        scale = tl.load(key_scale + column)
-        return (x.to(tl.float32) * scale[None, :]).to(DOT)
-    else:
-        return x.to(DOT)
+    return tl.load(q + (q_offset[:, None] + column[None, :]), mask=row_ok[:, None], other=0.0).to(DOT)
 
 
 @triton.jit
-def load_pairs(meta, page, head, t, H: tl.constexpr, NG: tl.constexpr, P: tl.constexpr, g: tl.constexpr, valid, share):
+def load_pairs(meta, page, head, t, H: tl.constexpr, NG: tl.constexpr, P: tl.constexpr, g: tl.constexpr, valid, clip):
     """(zero, range) of group g of tokens; 0 for tokens that are not there, whose bytes are stale.
 
-    ``share`` is None or the middle share of the range that the codes span (2 bits, clipped).
+    ``clip`` is None or the clip factor: the middle share of the range that the codes span (2 bits).
     """
     at = (page.to(tl.int64) * H + head) * (NG * P) + g * P + t
     zero, span = zero_and_range(tl.load(meta + at, mask=valid, other=0))
-    if share is not None:
-        zero += span * (0.5 - 0.5 * share)
-        span *= share
+    if clip is not None:
+        zero += span * (0.5 - 0.5 * clip)
+        span *= clip
     return zero, span
 
 
 @triton.jit
 def attend_step(
     state,  # maximum [M], sum [M] or [M, N] (DEFER), acc [M, D]
-    q, q_low,  # bases; the second of rotated queries, or None
+    q, q_low,  # bases; the second of queries as they read quantized keys, None if they are the same
     q_offset, row_ok, q_pos,  # elements [M] in both, bool [M], positions [M] (CAUSAL)
-    key_scale,  # fp32 [D] of this head, or None
     key_clip,  # fp32 [H] of this layer, or None
     k16, v16, k_codes, v_codes, k_meta, v_meta,  # bases of the layer
     pages, k_units, v_units, cols,  # bases of the request's lists
@@ -139,17 +128,16 @@ def attend_step(
     VW: tl.constexpr = D * VT // 8
     UNIT: tl.constexpr = P * H * D // 4
     m, total, acc = state
-    share = None
+    clip = None
     if key_clip is not None and KT == 2:
-        share = tl.load(key_clip + head)
+        clip = tl.load(key_clip + head)
 
     if q_low is not None and KT < 16:
         q = q_low
     q_parts = ()
     q_sums = ()
     for i in tl.static_range(D // KC):
-        part = load_query(q, q_offset, row_ok, i * KC, KC, key_scale, key_scale is not None and KT < 16, DOT)
-        q_parts = q_parts + (part,)
+        q_parts = q_parts + (load_query(q, q_offset, row_ok, i * KC, KC, DOT),)
     if KT < 16:
         for g in tl.static_range(NG):
             q_sum = tl.zeros((M,), dtype=tl.float32)
@@ -189,7 +177,7 @@ def attend_step(
                     for i in tl.static_range(8 // KT):
                         x = widen(raw, i, KT, MANTISSA, DOT, ASM)
                         dot = tl.dot(q_parts[i * (KW // KC) + c], tl.trans(x))
-                        zero, span = load_pairs(k_meta, page, head, t, H, NG, P, (i * KW + c * KC) // G, valid, share)
+                        zero, span = load_pairs(k_meta, page, head, t, H, NG, P, (i * KW + c * KC) // G, valid, clip)
                         span *= FACTOR
                         zero -= span * code_bias(KT, MANTISSA)
                         s += dot * span[None, :] + q_sums[(i * KW + c * KC) // G][:, None] * zero[None, :]
@@ -199,7 +187,7 @@ def attend_step(
                         for i in tl.static_range(G // KW):
                             x = widen(raw, g * (G // KW) + i, KT, MANTISSA, DOT, ASM)
                             dot = tl.dot(q_parts[g * (G // KW) + i], tl.trans(x), dot)
-                        zero, span = load_pairs(k_meta, page, head, t, H, NG, P, g, valid, share)
+                        zero, span = load_pairs(k_meta, page, head, t, H, NG, P, g, valid, clip)
                         span *= FACTOR
                         zero -= span * code_bias(KT, MANTISSA)
                         s += dot * span[None, :] + q_sums[g][:, None] * zero[None, :]

@@ -88,7 +88,7 @@ def shift_once(codes, B: tl.constexpr):
 def shift_down(codes, SRC: tl.constexpr, DST: tl.constexpr, edge):
     """int32 codes of SRC bits as codes of DST bits, one equivalent right shift per halving.
 
-    ``edge`` (int32 or None) clips the range in the step from 4 to 2 bits, see ``kernels/cpu/codes.py``.
+    ``edge`` (int32 or None) clips the range in the step from 4 to 2 bits, see ``coding.clip_edges``.
     """
     if SRC >= 8 and DST <= 4:
         codes = shift_once(codes, 4)

@@ -7,9 +7,9 @@ from sglang_pmkvq.kernels.triton.attend import LN2, attend_step
 
 @triton.jit(do_not_specialize=["num_requests"], do_not_specialize_on_alignment=["key_clip"])
 def decode_kernel(
-    q, q_stride_t, q_stride_h, q_low,  # q_low: rotated queries, laid out as q, or None
+    q, q_stride_t, q_stride_h, q_low,  # q_low: queries that read codes, laid out as q, or None
     part_out, part_lse,  # fp32 [items, Hq, D], [items, Hq] natural log
-    k16, v16, k_codes, v_codes, k_meta, v_meta, key_scale, key_clip,
+    k16, v16, k_codes, v_codes, k_meta, v_meta, key_clip,
     pages, k_units, v_units, list_stride,
     split_indptr, item_request, item_first, item_tokens, q_row,
     num_requests, sm_scale, logit_cap,
@@ -32,7 +32,6 @@ def decode_kernel(
     if q_low is not None:
         q_low += first_row
     q_offset = row * q_stride_h
-    scale_head = None if key_scale is None else key_scale + head * D
     peak = tl.full((M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((M, N), dtype=tl.float32)
     acc = tl.zeros((M, D), dtype=tl.float32)
@@ -40,7 +39,7 @@ def decode_kernel(
         n_valid = tl.load(item_tokens + item * STEPS + step)
         if n_valid > 0:
             peak, total, acc = attend_step(
-                (peak, total, acc), q, q_low, q_offset, row_ok, None, scale_head, key_clip,
+                (peak, total, acc), q, q_low, q_offset, row_ok, None, key_clip,
                 k16, v16, k_codes, v_codes, k_meta, v_meta,
                 pages + list_base, k_units + list_base, v_units + list_base, None,
                 tl.load(item_first + item * STEPS + step), n_valid, head, sm_scale, logit_cap,

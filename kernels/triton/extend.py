@@ -18,9 +18,9 @@ def visible_pages(cols, count, last_page, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=["key_clip"])
 def extend_kernel(
-    q, q_stride_t, q_stride_h, q_low,  # q_low: rotated queries, laid out as q, or None
+    q, q_stride_t, q_stride_h, q_low,  # q_low: queries that read codes, laid out as q, or None
     out, out_stride_t, out_stride_h, lse,
-    k16, v16, k_codes, v_codes, k_meta, v_meta, key_scale, key_clip,
+    k16, v16, k_codes, v_codes, k_meta, v_meta, key_clip,
     pages, k_units, v_units, cols, list_stride,
     tier_indptr, tier_tokens, tile_request, tile_first, q_row, q_len, kv_lens,
     sm_scale, logit_cap,
@@ -53,7 +53,6 @@ def extend_kernel(
 
     indptr = tier_indptr + request * (STEPS + 1)
     list_base = request * list_stride
-    scale_head = None if key_scale is None else key_scale + head * D
     peak = tl.full((M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((M,), dtype=tl.float32)
     acc = tl.zeros((M, D), dtype=tl.float32)
@@ -65,7 +64,7 @@ def extend_kernel(
         n_valid = tl.minimum(seen * P, tl.load(tier_tokens + request * STEPS + step))
         if n_valid > 0:
             peak, total, acc = attend_step(
-                (peak, total, acc), q, q_low, q_offset, row_ok, q_pos, scale_head, key_clip,
+                (peak, total, acc), q, q_low, q_offset, row_ok, q_pos, key_clip,
                 k16, v16, k_codes, v_codes, k_meta, v_meta,
                 pages + list_base, k_units + list_base, v_units + list_base, cols + list_base,
                 start, n_valid, head, sm_scale, logit_cap,

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 from sglang_pmkvq.kernels.triton.codes import shift_down
+from sglang_pmkvq.kernels.triton.entries import STEP_MASK, SUPERBLOCK_SHIFT
 
 FP16_MAX = tl.constexpr(65504.0)
 # 1.5·2^23: adding and subtracting it rounds a small fp32 to the nearest integer, ties to even.
@@ -33,8 +34,8 @@ def store_kernel(
     v_entry = k_entry
     if ARENAS == 2:
         v_entry = tl.load(table + table_stride + page, mask=known, other=-1)
-    # The step sits in the low two bits of an entry, and an unmapped entry has all bits set.
-    writable = ((k_entry | v_entry) & 3) == 0
+    # The step sits in the low bits of an entry, and an unmapped entry has all bits set.
+    writable = ((k_entry | v_entry) & STEP_MASK) == 0
     if not writable:
         tl.atomic_add(dropped, tl.full((), 1, dtype=tl.int64))
     h = tl.arange(0, ROWS)
@@ -42,9 +43,9 @@ def store_kernel(
     ok = (h < H)[:, None] & writable
     inside = (slot % P) * (H * D) + h[:, None] * D + d[None, :]
     x = tl.load(k + token.to(tl.int64) * k_stride_t + h[:, None] * k_stride_h + d[None, :], mask=ok, other=0.0)
-    tl.store(k16 + (k_entry >> 5).to(tl.int64) * (P * H * D) + inside, x.to(DTYPE), mask=ok)
+    tl.store(k16 + (k_entry >> SUPERBLOCK_SHIFT).to(tl.int64) * (P * H * D) + inside, x.to(DTYPE), mask=ok)
     x = tl.load(v + token.to(tl.int64) * v_stride_t + h[:, None] * v_stride_h + d[None, :], mask=ok, other=0.0)
-    tl.store(v16 + (v_entry >> 5).to(tl.int64) * (P * H * D) + inside, x.to(DTYPE), mask=ok)
+    tl.store(v16 + (v_entry >> SUPERBLOCK_SHIFT).to(tl.int64) * (P * H * D) + inside, x.to(DTYPE), mask=ok)
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def quantize(
 
 @triton.jit
 def rotate_keys(x, T: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr):
-    """x·W·SCALE of fp32 x [T, D]: the butterflies of ``kernels/cpu/rotation.py`` in the same order, so the same bits.
+    """x·W·SCALE of fp32 x [T, D]: the butterflies of ``coding.rotate_keys`` in the same order, so the same bits.
 
     SCALE is a power of two: contracting the product into a sum changes nothing.
     """

@@ -14,6 +14,7 @@ hands over: one compiled kernel per configuration serves every batch.
 
 import triton
 import triton.language as tl
+from sglang_pmkvq.kernels.triton.entries import step_of, unit_of
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def count_kernel(
     bad = tl.sum((mine & (entry < 0)).to(tl.int32), axis=0)
     if bad > 0:
         tl.atomic_add(unmapped, bad.to(tl.int64))
-    step = tl.where(entry < 0, 0, entry & 3)
+    step = step_of(entry)
     for s in tl.static_range(STEPS):
         n = tl.sum((mine & (step == s)).to(tl.int32), axis=0)
         tl.store(counts + (request * chunks + chunk) * STEPS + s, n)
@@ -76,11 +77,11 @@ def scatter_kernel(
     page = tl.load(page_ids + columns, mask=mine, other=-1)
     entry = tl.load(table + page, mask=page >= 0, other=-1)
     mapped = entry >= 0
-    step = tl.where(mapped, entry & 3, 0)
+    step = step_of(entry)
 
     tail_page = tl.load(page_ids + owned - 1, mask=owned > 0, other=-1)
     tail_entry = tl.load(table + tail_page, mask=tail_page >= 0, other=-1)
-    tail_step = tl.where(tail_entry < 0, 0, tail_entry & 3)
+    tail_step = step_of(tail_entry)
 
     to = tl.zeros((CHUNK,), dtype=tl.int32)
     start = tl.zeros((), dtype=tl.int32)
@@ -105,10 +106,10 @@ def scatter_kernel(
 
     at = request.to(tl.int64) * list_stride + to
     tl.store(pages + at, tl.maximum(page, 0), mask=mine)
-    tl.store(k_units + at, tl.where(mapped, entry >> 2, 0), mask=mine)
+    tl.store(k_units + at, unit_of(entry), mask=mine)
     if ARENAS == 2:
         other = tl.load(table + table_stride + page, mask=mine & mapped, other=0)
-        tl.store(v_units + at, tl.where(other < 0, 0, other >> 2), mask=mine)
+        tl.store(v_units + at, unit_of(other), mask=mine)
     if cols is not None:
         tl.store(cols + at, columns, mask=mine)
 

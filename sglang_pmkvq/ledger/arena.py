@@ -24,9 +24,9 @@ from sglang_pmkvq.ledger.errors import LedgerError
 from sglang_pmkvq.ledger.waves import LOC_SHIFT, PAGE_SHIFT, WAVE_SHIFT, CommandLog, copy_tag
 
 TOP_ORDER = block_order(16)
-# Values of ``head[unit]``: 0 inside a block, FREE + order or USED + order where a block starts.
-FREE = 1
-USED = FREE + TOP_ORDER + 1
+# Values of ``head[unit]``: 0 inside a block, BLOCK_FREE + order or BLOCK_USED + order where a block starts.
+BLOCK_FREE = 1
+BLOCK_USED = BLOCK_FREE + TOP_ORDER + 1
 _SLACK = 1024
 
 
@@ -37,15 +37,15 @@ class Arena:
         group, index: layer group and number of the arena in it; aid: number over all groups.
         units: size. free_units: units that no page owns.
         count: free blocks of each order.
-        entry: page table, int32 [N + 1]; entries: the same memory as a numpy array.
+        entry: page table, int32 [N + 1]; entry_np: the same memory as a numpy array.
         moves, moved_units: totals of compaction.
     """
 
     __slots__ = (
         "aid",
         "count",
-        "entries",
         "entry",
+        "entry_np",
         "free_units",
         "group",
         "head",
@@ -67,7 +67,7 @@ class Arena:
         self.log = log
         self.units = superblocks * UNITS_PER_SUPERBLOCK
         self.entry = array("i", [UNMAPPED]) * (num_pages + 1)
-        self.entries = np.frombuffer(self.entry, np.int32)
+        self.entry_np = np.frombuffer(self.entry, np.int32)
         self.moves = 0
         self.moved_units = 0
         self.move_tags = [copy_tag(aid, MIN_TIER << k, MIN_TIER << k) for k in range(TOP_ORDER + 1)]
@@ -77,7 +77,7 @@ class Arena:
         """Everything free and unmapped; totals stay."""
         units = self.units
         self.head = bytearray(units)
-        self.head[::UNITS_PER_SUPERBLOCK] = bytes([FREE + TOP_ORDER]) * (units // UNITS_PER_SUPERBLOCK)
+        self.head[::UNITS_PER_SUPERBLOCK] = bytes([BLOCK_FREE + TOP_ORDER]) * (units // UNITS_PER_SUPERBLOCK)
         self.owner = array("i", [-1]) * units
         self.stamp = array("q", [0]) * units
         # Free blocks, longest free first. An entry counts only while ``head`` still says that a
@@ -86,7 +86,7 @@ class Arena:
         self.queues[TOP_ORDER].extend(range(0, units, UNITS_PER_SUPERBLOCK))
         self.count = [0] * TOP_ORDER + [units // UNITS_PER_SUPERBLOCK]
         self.free_units = units
-        self.entries.fill(UNMAPPED)
+        self.entry_np.fill(UNMAPPED)
 
     def birth(self, pages: list[int]) -> None:
         """Map each of ``pages`` as a whole superblock. The caller made sure that there are enough.
@@ -98,9 +98,9 @@ class Arena:
         head, owner, entry = self.head, self.owner, self.entry
         for page in pages:
             unit = pop()
-            while head[unit] != FREE + TOP_ORDER:
+            while head[unit] != BLOCK_FREE + TOP_ORDER:
                 unit = pop()
-            head[unit] = USED + TOP_ORDER
+            head[unit] = BLOCK_USED + TOP_ORDER
             owner[unit] = page
             entry[page] = unit << STEP_BITS
         self.count[TOP_ORDER] -= len(pages)
@@ -118,7 +118,7 @@ class Arena:
         )
         add_key, add_loc, base, top = log.keys.append, log.locs.append, log.base, log.top
         freed, wanted = self.queues[src_order], self.queues[dst_order]
-        free_src, free_dst, used_dst = FREE + src_order, FREE + dst_order, USED + dst_order
+        free_src, free_dst, used_dst = BLOCK_FREE + src_order, BLOCK_FREE + dst_order, BLOCK_USED + dst_order
         src_size, dst_size = 1 << src_order, 1 << dst_order
         # Upper half of the last block split, in no list while this loop can use it next.
         spare = -1
@@ -184,7 +184,7 @@ class Arena:
         """Free the page's block."""
         unit = self.entry[page] >> STEP_BITS
         self.entry[page] = UNMAPPED
-        order = self.head[unit] - USED
+        order = self.head[unit] - BLOCK_USED
         self.free_units += 1 << order
         self._release(unit, order, self.stamp[unit])
 
@@ -205,7 +205,7 @@ class Arena:
                 queue = self.queues[k]
                 while True:
                     unit = queue.popleft()
-                    if head[unit] == FREE + k:
+                    if head[unit] == BLOCK_FREE + k:
                         break
                 count[k] -= 1
                 while k > order:
@@ -216,7 +216,7 @@ class Arena:
         return self._take(order)
 
     def _insert(self, unit: int, order: int, stamp: int) -> None:
-        self.head[unit] = FREE + order
+        self.head[unit] = BLOCK_FREE + order
         self.stamp[unit] = stamp
         self.queues[order].append(unit)
         self.count[order] += 1
@@ -226,7 +226,7 @@ class Arena:
         """Drop stale entries once they are the greater part of a list."""
         queue = self.queues[order]
         if len(queue) > 2 * self.count[order] + _SLACK:
-            live = dict.fromkeys(u for u in queue if self.head[u] == FREE + order)
+            live = dict.fromkeys(u for u in queue if self.head[u] == BLOCK_FREE + order)
             queue.clear()
             queue.extend(live)
 
@@ -236,7 +236,7 @@ class Arena:
         head[unit] = 0
         while order < TOP_ORDER:
             buddy = unit ^ (1 << order)
-            if head[buddy] != FREE + order:
+            if head[buddy] != BLOCK_FREE + order:
                 break
             head[buddy] = 0
             self.count[order] -= 1
@@ -261,7 +261,7 @@ class Arena:
         queue = self.queues[order]
         while True:
             unit = queue.popleft()
-            if self.head[unit] == FREE + order:
+            if self.head[unit] == BLOCK_FREE + order:
                 self.head[unit] = 0
                 self.count[order] -= 1
                 return unit
@@ -272,8 +272,8 @@ class Arena:
         end = unit + (1 << order)
         while unit < end:
             mark = self.head[unit]
-            used = mark >= USED
-            k = mark - (USED if used else FREE)
+            used = mark >= BLOCK_USED
+            k = mark - (BLOCK_USED if used else BLOCK_FREE)
             blocks.append((unit, k, used))
             unit += 1 << k
         return blocks
@@ -288,7 +288,7 @@ class Arena:
         if sum(used << k for _, k, used in other) < sum(used << k for _, k, used in blocks):
             kept, filled, blocks = filled, kept, other
         # Free again, but joined with its buddy before anything can ask for it: no queue entry.
-        self.head[kept] = FREE + order
+        self.head[kept] = BLOCK_FREE + order
         self.count[order] += 1
         shift = filled - (kept ^ (1 << order))
         free_since = self.stamp[filled]
@@ -304,7 +304,7 @@ class Arena:
             log.keys.append((when - log.base) << WAVE_SHIFT | page << PAGE_SHIFT | self.move_tags[k])
             log.locs.append(unit << LOC_SHIFT | dst)
             log.dirty[self.group][page] = None
-            self.head[dst] = USED + k
+            self.head[dst] = BLOCK_USED + k
             self.owner[dst] = page
             self.stamp[dst] = when
             self.entry[page] = dst << STEP_BITS | self.entry[page] & STEP_MASK

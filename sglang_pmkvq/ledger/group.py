@@ -21,7 +21,7 @@ class Group:
     """Pages of one layer group.
 
     Attributes:
-        step: int8 [N + 1], step of each page, −1 where free; steps: the same memory as numpy array.
+        step: int8 [N + 1], step of each page, −1 where free; step_np: the same memory as a numpy array.
         step_pages: mapped pages at each step, page 0 not counted.
         shrinks: ``shrinks[s][t]`` pages ever shrunk from step s to step t.
     """
@@ -43,7 +43,7 @@ class Group:
             Arena(index, a, first_aid + a, count, num_pages, log) for a, count in enumerate(superblocks)
         )
         self.step = array("b", [UNMAPPED_STEP]) * (num_pages + 1)
-        self.steps = np.frombuffer(self.step, np.int8)
+        self.step_np = np.frombuffer(self.step, np.int8)
         self.step_pages = [0] * (self.final + 1)
         self.shrinks = [[0] * (self.final + 1) for _ in range(self.final + 1)]
         self._dirty = log.dirty[index]
@@ -78,7 +78,7 @@ class Group:
         """All pages free, page 0 mapped; totals stay."""
         for arena in self.arenas:
             arena.reset()
-        self.steps.fill(UNMAPPED_STEP)
+        self.step_np.fill(UNMAPPED_STEP)
         self.step_pages = [0] * (self.final + 1)
         for queues in self.queues:
             for queue in queues:
@@ -150,7 +150,7 @@ class Group:
         last = -1
         line, heap = queue.line, queue.heap
         while len(pages) < n:
-            # ``AgeQueue.pop``, without the call.
+            # The lower of the two heads, as ``AgeQueue`` asks its owner to.
             if heap and (not line or heap[0] < line[0]):
                 key = heappop(heap)
             elif line:
@@ -166,8 +166,8 @@ class Group:
 
     def _unqueued(self, cls: int, step: int) -> list[int]:
         """SOFT pages have no queue: only the worst shortage asks for them."""
-        pages = ((self._book.classes == cls) & (self.steps == step)).nonzero()[0]
-        return pages[self._book.ages[pages].argsort(kind="stable")].tolist()
+        pages = ((self._book.cls_np == cls) & (self.step_np == step)).nonzero()[0]
+        return pages[self._book.age_np[pages].argsort(kind="stable")].tolist()
 
     def short(self, need: int) -> bool:
         """True if an arena has fewer than ``need`` free units."""
@@ -184,7 +184,7 @@ class Group:
         for page in pages:
             step, cls = steps[page], classes[page]
             if step < final and cls < NUM_QUEUED:
-                # ``AgeQueue.push``, without the call.
+                # In order at the end of the line, else on the heap, as ``AgeQueue`` asks its owner to.
                 queue = queues[cls][step]
                 key = ages[page] << PAGE_BITS | page
                 line = queue.line

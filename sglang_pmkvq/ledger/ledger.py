@@ -64,7 +64,7 @@ class Ledger:
             arenas.extend(groups[-1].arenas)
         self.groups = tuple(groups)
         self.arenas = tuple(arenas)
-        self.book.attach(self.groups)
+        self.book.attach(self._queue, self._steps)
         self.requests = RequestTable(
             max_requests,
             self.book,
@@ -75,7 +75,7 @@ class Ledger:
         )
         self.shrinker = Shrinker(policy, self.groups, self.book)
         self.shrinker.evict = evict
-        self.meter = BitMeter(self)
+        self.meter = BitMeter(geometry, self.groups)
         self.tick = 0
         # Forwards issued so far; a call that found no pages advances the tick, but writes nothing.
         self._forwards = 0
@@ -83,6 +83,13 @@ class Ledger:
         self._issued = True
         self._extended: list[int] = []
         self._loose: list[tuple[int, int, int]] = []
+
+    def _queue(self, pages: list[int]) -> None:
+        for group in self.groups:
+            group.queue(pages)
+
+    def _steps(self, page: int) -> list[int]:
+        return [group.step[page] for group in self.groups]
 
     @property
     def evict(self) -> Callable[[int], int] | None:
@@ -339,7 +346,9 @@ class Ledger:
     # ---------------------------------------------------------------- looking
 
     def stats(self) -> LedgerStats:
-        return collect(self)
+        return collect(
+            self.geometry, self.groups, self.book, self.shrinker, self.meter, self.tick, self.running_requests
+        )
 
     def free_page_ids(self) -> np.ndarray:
         """int64, ids of the free logical pages, in no particular order."""
@@ -362,7 +371,7 @@ class Ledger:
 
     def page_steps(self, pages: np.ndarray) -> np.ndarray:
         """int8 [groups, n], step of each page; −1 where free."""
-        return np.stack([group.steps[pages] for group in self.groups])
+        return np.stack([group.step_np[pages] for group in self.groups])
 
     def request_bits(self, slot: int) -> tuple[int, float]:
         """(lowest tier, mean payload bits per element) over the request's pages, groups and sides.
@@ -375,7 +384,7 @@ class Ledger:
             return 16, 16.0
         lowest, bits, layers = 16, 0.0, 0
         for group in self.groups:
-            tiers = np.array(group.spec.steps)[group.steps[pages]]
+            tiers = np.array(group.spec.steps)[group.step_np[pages]]
             lowest = min(lowest, int(tiers.min()))
             bits += float(tiers.mean()) * len(group.spec.layers)
             layers += len(group.spec.layers)
@@ -383,7 +392,7 @@ class Ledger:
 
     def entries(self, group: int, arena: int) -> np.ndarray:
         """int32 [N + 1], copy of the page table as it is after the pending commands."""
-        return self.groups[group].arenas[arena].entries.copy()
+        return self.groups[group].arenas[arena].entry_np.copy()
 
     def check_integrity(self) -> None:
         """Recompute every count from scratch.
@@ -391,4 +400,4 @@ class Ledger:
         Raises:
             IntegrityError: books that must agree do not; with numbers.
         """
-        check_integrity(self)
+        check_integrity(self.groups, self.book, self.requests, self._loose)

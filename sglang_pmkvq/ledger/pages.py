@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 
 from sglang_pmkvq.ledger.errors import LedgerError
 
-if TYPE_CHECKING:
-    from sglang_pmkvq.ledger.group import Group
-
 # Classes. The first two have queues of pages that may shrink.
-RUN, CACHED, SOFT, HARD, FREE = range(5)
+NUM_CLASSES = 5
+RUN, CACHED, SOFT, HARD, FREE = range(NUM_CLASSES)
 NUM_QUEUED = 2
-CLASS_NAMES = ("run", "cached", "soft", "hard", "free")
 
 # Age key: tick of the last write or hit above, page below: ascending order is oldest first.
 PAGE_BITS = 29
@@ -30,7 +27,7 @@ class PageBook:
             that protect it hard.
         age: int64 [N + 1], tick of the last write or hit.
         gen: int64 [N + 1], how often the page was freed; tells a stale listing from a live one.
-        cls: uint8 [N + 1], class. ``ages``, ``gens``, ``classes``: the same memory as numpy arrays.
+        cls: uint8 [N + 1], class. ``age_np``, ``gen_np``, ``cls_np``: the same memory as numpy arrays.
         class_pages: pages in each class, page 0 not counted.
         free: stack of free page ids, lowest on top at start.
         ripe: pages that became unprotected above their final step (policy ``static`` only).
@@ -43,30 +40,32 @@ class PageBook:
         self.soft = array("i", [0]) * size
         self.hard = array("i", [0]) * size
         self.age = array("q", [0]) * size
-        self.ages = np.frombuffer(self.age, np.int64)
+        self.age_np = np.frombuffer(self.age, np.int64)
         self.gen = array("q", [0]) * size
-        self.gens = np.frombuffer(self.gen, np.int64)
+        self.gen_np = np.frombuffer(self.gen, np.int64)
         self.cls = bytearray(size)
-        self.classes = np.frombuffer(self.cls, np.uint8)
-        self.class_pages = [0] * len(CLASS_NAMES)
+        self.cls_np = np.frombuffer(self.cls, np.uint8)
+        self.class_pages = [0] * NUM_CLASSES
         self.free: list[int] = []
         self.ripe: list[int] = []
         self._static = static
-        self._groups: tuple[Group, ...] = ()
+        self._queue: Callable[[list[int]], None] = lambda pages: None
+        self._steps: Callable[[int], list[int]] = lambda page: []
         self.reset()
 
-    def attach(self, groups: tuple[Group, ...]) -> None:
-        """Where to queue pages that may shrink."""
-        self._groups = groups
+    def attach(self, queue: Callable[[list[int]], None], steps: Callable[[int], list[int]]) -> None:
+        """Who queues pages that may shrink, and who knows a page's step in each layer group."""
+        self._queue = queue
+        self._steps = steps
 
     def reset(self) -> None:
         """All pages free. Generations go on, so that old listings stay stale."""
         for counts in (self.refs, self.soft, self.hard):
             np.frombuffer(counts, np.int32).fill(0)
-        self.gens += 1
-        self.classes.fill(FREE)
+        self.gen_np += 1
+        self.cls_np.fill(FREE)
         self.cls[0] = HARD
-        self.class_pages = [0] * len(CLASS_NAMES)
+        self.class_pages = [0] * NUM_CLASSES
         self.class_pages[FREE] = self.num_pages
         self.free = list(range(self.num_pages, 0, -1))
         self.ripe.clear()
@@ -85,7 +84,7 @@ class PageBook:
         Raises:
             LedgerError: it is not.
         """
-        steps = [group.step[page] for group in self._groups]
+        steps = self._steps(page)
         if any(steps):
             raise LedgerError(f"page {page} is to be written, but its steps are {steps}, expected all 0")
 
@@ -112,8 +111,7 @@ class PageBook:
         if self._static:
             self.ripe.extend(pages)
             return
-        for group in self._groups:
-            group.queue(pages)
+        self._queue(pages)
 
     def birth(self, n: int, tick: int, refs: int) -> list[int]:
         """Take ``n`` free pages, which the coming forward writes: hard-protected, ``refs`` references."""

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from sglang_pmkvq.formats import TIERS, UNITS_PER_SUPERBLOCK
 from sglang_pmkvq.ledger.arena import TOP_ORDER
@@ -39,7 +39,8 @@ from sglang_pmkvq.ledger.pages import CACHED, RUN, SOFT, PageBook
 Levels = Sequence[tuple[int, Sequence[int]]]
 PolicyName = Literal["age", "uniform", "static"]
 Protect = Literal["soft", "hard"]
-POLICIES: tuple[PolicyName, ...] = ("age", "uniform", "static")
+POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
+PROTECTIONS: tuple[Protect, ...] = get_args(Protect)
 # Pages asked of one call of ``evict``. The radix tree evicts whole leaves, so large requests would
 # throw away far more than the bytes that are short.
 EVICT_CHUNK = 64
@@ -69,8 +70,8 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {POLICIES}, got {self.policy!r}")
-        if self.protect not in ("soft", "hard"):
-            raise ValueError(f"protect must be 'soft' or 'hard', got {self.protect!r}")
+        if self.protect not in PROTECTIONS:
+            raise ValueError(f"protect must be one of {PROTECTIONS}, got {self.protect!r}")
         if self.window_tokens < 0 or self.sink_tokens < 0:
             raise ValueError(
                 f"window_tokens and sink_tokens must not be negative, got {self.window_tokens}, {self.sink_tokens}"

@@ -75,7 +75,7 @@ class RequestTable:
     def valid_pages(self, slot: int) -> np.ndarray:
         """int64 [n], listed pages that were not freed meanwhile, in sequence order."""
         pages = np.array(self.pages[slot], np.int64)
-        return pages[self._book.gens[pages] == np.array(self.gens[slot], np.int64)]
+        return pages[self._book.gen_np[pages] == np.array(self.gens[slot], np.int64)]
 
     def bind(self, slot: int, pages: np.ndarray, tokens: int, tick: int) -> None:
         """Make int64 ``pages`` the complete list of the request, which has ``tokens`` tokens.
@@ -95,7 +95,7 @@ class RequestTable:
         self.set_bounds(slot, self.window_start(tokens), tokens // self.page_size)
         fresh = pages[keep:]
         self.pages[slot].extend(fresh.tolist())
-        self.gens[slot].extend(self._book.gens[fresh].tolist())
+        self.gens[slot].extend(self._book.gen_np[fresh].tolist())
         self.listed[slot] = len(pages)
         self.tokens[slot] = tokens
         self._apply(slot, keep, len(pages), 1, tick)
@@ -113,7 +113,7 @@ class RequestTable:
         self._apply(slot, keep, end, -1, 0)
         fresh = pages[keep:]
         self.pages[slot][keep:end] = array("q", fresh.tolist())
-        self.gens[slot][keep:end] = array("q", self._book.gens[fresh].tolist())
+        self.gens[slot][keep:end] = array("q", self._book.gen_np[fresh].tolist())
         self._apply(slot, keep, end, 1, tick)
 
     def _check_mapped(self, slot: int, pages: np.ndarray) -> None:
@@ -122,7 +122,7 @@ class RequestTable:
             return
         if pages.min() < 1 or pages.max() > book.num_pages:
             raise LedgerError(f"request {slot} lists pages {pages.min()}..{pages.max()}, expected 1..{book.num_pages}")
-        free = pages[book.classes[pages] == FREE]
+        free = pages[book.cls_np[pages] == FREE]
         if len(free):
             raise LedgerError(f"request {slot} lists free pages {free[:8].tolist()}")
 
@@ -134,7 +134,7 @@ class RequestTable:
         head = pages[:n]
         listed = np.array(self.pages[slot][:n], np.int64)
         gens = np.array(self.gens[slot][:n], np.int64)
-        same = (listed == head) & (gens == self._book.gens[head])
+        same = (listed == head) & (gens == self._book.gen_np[head])
         return n if same.all() else int(same.argmin())
 
     def grow(self, slot: int, pages: list[int]) -> None:

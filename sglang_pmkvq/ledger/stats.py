@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sglang_pmkvq.formats import (
     SIDES,
     TIERS,
-    arena_block_bytes,
+    PoolGeometry,
     page_bytes,
     page_elements,
     page_side_bytes,
 )
-from sglang_pmkvq.ledger.pages import HARD, SOFT
-
-if TYPE_CHECKING:
-    from sglang_pmkvq.ledger.ledger import Ledger
-    from sglang_pmkvq.ledger.requests import RequestTable
+from sglang_pmkvq.ledger.group import Group
+from sglang_pmkvq.ledger.pages import HARD, SOFT, PageBook
+from sglang_pmkvq.ledger.policy import Shrinker
+from sglang_pmkvq.ledger.requests import RequestTable
 
 
 @dataclass(frozen=True)
 class LedgerStats:
-    """One look at the ledger. Page 0 counts in ``pool_bytes`` and ``arena_used_bytes`` only.
+    """One look at the ledger; page 0 does not count.
 
     Attributes:
         pages: page equivalents per tier: a page at (K tier, V tier) in a group of l of L layers
@@ -33,13 +32,12 @@ class LedgerStats:
         side_bytes: (zero, range) bytes of sides below 16 bits.
         used_bytes: all of ``block_bytes`` and ``side_bytes``. used_bytes_avg, used_bytes_peak: its mean and maximum
             over the forwards that saw pages.
-        pool_bytes: bytes of all arenas. arena_used_bytes: bytes of blocks in use, page 0 included.
-        num_pages, mapped_pages, free_pages: logical pages, N = mapped + free.
+        mapped_pages: logical pages that somebody holds.
         hard_pages, soft_pages: protected pages.
         shrinks: shrinks so far by (from tier, to tier). One page that shrinks in one group counts
             once for each side (K, V) whose tier changes.
         shrunk_bytes: block bytes that those shrinks freed, same keys.
-        moves, moved_bytes: blocks moved to make room in one piece, and their bytes.
+        moves: blocks moved to make room in one piece.
         evict_requests, evicted_pages: early evictions that freed pages, and the pages they freed.
         effective_bits: 8 · (block + side bytes) / elements of the mapped pages; 16 if there are none.
         effective_bits_avg: the same over all ticks so far, weighted by mapped pages.
@@ -54,17 +52,12 @@ class LedgerStats:
     used_bytes: int
     used_bytes_avg: float
     used_bytes_peak: int
-    pool_bytes: int
-    arena_used_bytes: int
-    num_pages: int
     mapped_pages: int
-    free_pages: int
     hard_pages: int
     soft_pages: int
     shrinks: dict[tuple[int, int], int]
     shrunk_bytes: dict[tuple[int, int], int]
     moves: int
-    moved_bytes: int
     evict_requests: int
     evicted_pages: int
     effective_bits: float
@@ -77,11 +70,11 @@ class LedgerStats:
 class BitMeter:
     """Bytes that the mapped pages stand for, sampled once per forward; all sums exact integers."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        shape = ledger.geometry.shape
-        self._groups = ledger.groups
-        self._costs = [[page_bytes(shape, group.spec, s) for s in range(group.final + 1)] for group in ledger.groups]
-        self._elements = page_elements(shape, sum(len(g.spec.layers) for g in ledger.groups))
+    def __init__(self, geometry: PoolGeometry, groups: Sequence[Group]) -> None:
+        shape = geometry.shape
+        self._groups = groups
+        self._costs = [[page_bytes(shape, group.spec, s) for s in range(group.final + 1)] for group in groups]
+        self._elements = page_elements(shape, sum(len(g.spec.layers) for g in groups))
         self._bytes_sum = self._pages_sum = 0
         self._peak_bytes, self._peak_pages = 0, 1
         self._forwards = 0
@@ -101,7 +94,7 @@ class BitMeter:
             return 0
         pages = np.concatenate(live)
         return sum(
-            int(np.array(costs, np.int64)[group.steps[pages]].sum())
+            int(np.array(costs, np.int64)[group.step_np[pages]].sum())
             for group, costs in zip(self._groups, self._costs, strict=True)
         )
 
@@ -134,16 +127,24 @@ class BitMeter:
         return self.bits(self._peak_bytes, self._peak_pages) if self._peak_bytes else 16.0
 
 
-def collect(ledger: Ledger) -> LedgerStats:
-    """Figures of ``ledger`` in O(groups · steps)."""
-    shape = ledger.geometry.shape
-    layers = sum(len(g.spec.layers) for g in ledger.groups)
+def collect(
+    geometry: PoolGeometry,
+    groups: Sequence[Group],
+    book: PageBook,
+    shrinker: Shrinker,
+    meter: BitMeter,
+    tick: int,
+    running_requests: int,
+) -> LedgerStats:
+    """Figures of a ledger's books in O(groups · steps)."""
+    shape = geometry.shape
+    layers = sum(len(g.spec.layers) for g in groups)
     pages = dict.fromkeys(TIERS, 0.0)
     size = dict.fromkeys(TIERS, 0)
     shrinks: dict[tuple[int, int], int] = {}
     shrunk_bytes: dict[tuple[int, int], int] = {}
-    used = side_bytes = moves = moved_bytes = 0
-    for group in ledger.groups:
+    side_bytes = moves = 0
+    for group in groups:
         spec = group.spec
         share = len(spec.layers) / (2 * layers)
         for step, count in enumerate(group.step_pages):
@@ -153,10 +154,7 @@ def collect(ledger: Ledger) -> LedgerStats:
                 pages[tier] += count * share
                 size[tier] += count * len(spec.layers) * shape.code_bytes(tier)
         for arena in group.arenas:
-            unit = arena_block_bytes(shape, spec, arena.index, 2)
-            used += (arena.units - arena.free_units) * unit
             moves += arena.moves
-            moved_bytes += arena.moved_units * unit
         for s, row in enumerate(group.shrinks):
             for t, count in enumerate(row):
                 for side in SIDES if count else ():
@@ -165,7 +163,6 @@ def collect(ledger: Ledger) -> LedgerStats:
                         freed = len(spec.layers) * (shape.code_bytes(key[0]) - shape.code_bytes(key[1]))
                         shrinks[key] = shrinks.get(key, 0) + count
                         shrunk_bytes[key] = shrunk_bytes.get(key, 0) + count * freed
-    book, meter = ledger.book, ledger.meter
     return LedgerStats(
         pages=pages,
         block_bytes=size,
@@ -173,22 +170,17 @@ def collect(ledger: Ledger) -> LedgerStats:
         used_bytes=sum(size.values()) + side_bytes,
         used_bytes_avg=meter.mean_bytes,
         used_bytes_peak=meter.most_bytes,
-        pool_bytes=ledger.geometry.arena_bytes,
-        arena_used_bytes=used,
-        num_pages=ledger.num_pages,
         mapped_pages=book.mapped_pages,
-        free_pages=ledger.free_page_count,
         hard_pages=book.class_pages[HARD],
         soft_pages=book.class_pages[SOFT],
         shrinks=shrinks,
         shrunk_bytes=shrunk_bytes,
         moves=moves,
-        moved_bytes=moved_bytes,
-        evict_requests=ledger.shrinker.evict_requests,
-        evicted_pages=ledger.shrinker.evicted_pages,
+        evict_requests=shrinker.evict_requests,
+        evicted_pages=shrinker.evicted_pages,
         effective_bits=meter.bits(meter.bytes_now(), book.mapped_pages),
         effective_bits_avg=meter.average,
         effective_bits_peak=meter.peak,
-        tick=ledger.tick,
-        running_requests=ledger.running_requests,
+        tick=tick,
+        running_requests=running_requests,
     )

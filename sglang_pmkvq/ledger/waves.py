@@ -17,15 +17,14 @@ wave ``w`` at least doubles with ``w``: n shrinks take O(log n) waves.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from sglang_pmkvq.commands import ArenaCopies, CommandBatch, TableUpdate
-
-if TYPE_CHECKING:
-    from sglang_pmkvq.ledger.arena import Arena
+from sglang_pmkvq.ledger.errors import LedgerError
 
 # A pending copy is two ints: wave | arena | page | source tier | destination tier, and
 # source unit | destination unit. Sorting the first groups copies by wave and arena.
@@ -44,6 +43,15 @@ _LOC_MASK = (1 << LOC_SHIFT) - 1
 def copy_tag(arena_id: int, src_tier: int, dst_tier: int) -> int:
     """The part of a copy's key that does not depend on page and wave."""
     return arena_id << ARENA_SHIFT | src_tier << DST_TIER_BITS | dst_tier
+
+
+class Table(Protocol):
+    """What is needed of an arena: where it is, and its page table as ``arena.Arena`` documents it."""
+
+    group: int
+    index: int
+    entry: array[int]
+    entry_np: np.ndarray
 
 
 class CommandLog:
@@ -76,14 +84,20 @@ class CommandLog:
         self.base = self.top = self.top + 1
         self.whole_table = True
 
-    def drain(self, arenas: Sequence[Arena]) -> CommandBatch:
-        """The pending batch, which is pending no more. ``arenas`` in the order of their ids."""
+    def drain(self, arenas: Sequence[Table]) -> CommandBatch:
+        """The pending batch, which is pending no more. ``arenas`` in the order of their ids.
+
+        Raises:
+            LedgerError: more waves than a copy's key has room for.
+        """
         waves = self._waves(arenas) if self.keys else ()
         table = self._table(arenas)
         self.base = self.top + 1
         return CommandBatch(waves, table)
 
-    def _waves(self, arenas: Sequence[Arena]) -> tuple[tuple[ArenaCopies, ...], ...]:
+    def _waves(self, arenas: Sequence[Table]) -> tuple[tuple[ArenaCopies, ...], ...]:
+        if self.top - self.base >= MAX_WAVES:
+            raise LedgerError(f"{self.top - self.base + 1} waves in one batch, the command format knows {MAX_WAVES}")
         keys = np.array(self.keys, np.int64)
         locs = np.array(self.locs, np.int64)
         self.keys.clear()
@@ -124,7 +138,7 @@ class CommandLog:
             start = end
         return tuple(map(tuple, waves))
 
-    def _table(self, arenas: Sequence[Arena]) -> tuple[TableUpdate, ...]:
+    def _table(self, arenas: Sequence[Table]) -> tuple[TableUpdate, ...]:
         table = []
         pages: dict[int, np.ndarray] = {}
         for arena in arenas:
@@ -135,7 +149,7 @@ class CommandLog:
                         group,
                         arena.index,
                         np.arange(len(arena.entry), dtype=np.int32),
-                        arena.entries.copy(),
+                        arena.entry_np.copy(),
                     )
                 )
                 continue
@@ -144,7 +158,7 @@ class CommandLog:
                 if not dirty:
                     continue
                 pages[group] = np.fromiter(dirty, np.int32, len(dirty))
-            table.append(TableUpdate(group, arena.index, pages[group], arena.entries[pages[group]]))
+            table.append(TableUpdate(group, arena.index, pages[group], arena.entry_np[pages[group]]))
         self.whole_table = False
         for dirty in self.dirty:
             dirty.clear()

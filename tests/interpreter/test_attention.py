@@ -11,11 +11,12 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_pmkvq.formats import LayerGroup, PageShape
-from sglang_pmkvq.kernels import device_attention, device_plan, page_ops
-from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
+from sglang_pmkvq.formats import KEY_TRANSFORMS, LayerGroup, PageShape
+from sglang_pmkvq.kernels import device_attention, device_plan
+from sglang_pmkvq.kernels.choose import kernels_for
 from sglang_pmkvq.kernels.reference import attention as reference
 from sglang_pmkvq.kernels.reference.inputs import copies, make_inputs
+from sglang_pmkvq.kernels.triton_kernels import TritonKernels
 from tests.kernel_checks import reference_of
 from tests.triton_checks import (
     DTYPES,
@@ -38,7 +39,8 @@ FULL = list(product(FINALS, SHAPES, DTYPES))
 @pytest.mark.parametrize("index,case", list(enumerate(SAMPLE)))
 def test_decode_of_random_mixes(index, case):
     finals, shape, dtype = case
-    check_decode(inputs_of(index, finals, shape, dtype, boundary_lens(shape[0]), key_scale=index % 3 > 0))
+    transform = "scale" if index % 3 else "none"
+    check_decode(inputs_of(index, finals, shape, dtype, boundary_lens(shape[0]), transform=transform))
 
 
 @pytest.mark.full
@@ -55,7 +57,7 @@ def test_extend_of_random_mixes(index, case):
     finals, shape, _ = case
     p, dtype = shape[0], DTYPES[index % 2]
     lens, prefix = [1, p - 1, p, p + 1, 2 * p + 5], [0, p - 4, p - 3, p, 2 * p - 1]
-    check_extend(inputs_of(index, finals, shape, dtype, lens, key_scale=index % 3 > 0), prefix)
+    check_extend(inputs_of(index, finals, shape, dtype, lens, transform="scale" if index % 3 else "none"), prefix)
 
 
 @pytest.mark.full
@@ -72,7 +74,8 @@ def test_clipped_ranges(index, finals):
     """Two layers, so that a factor of another layer or head, or one for values, would show."""
     p, h, d, g, per_head = SHAPES[index]
     group = LayerGroup((2, 5), *finals)
-    more = {"query_heads": h * per_head, "key_scale": index % 2 == 0, "key_clip": True, "dtype": DTYPES[index % 2]}
+    more = {"query_heads": h * per_head, "clip": True, "dtype": DTYPES[index % 2]}
+    more["transform"] = "none" if index % 2 else "scale"
     check_decode(make_inputs(index, PageShape(p, h, d, g), group, boundary_lens(p), **more))
     check_extend(make_inputs(index, PageShape(p, h, d, g), group, [p + 3, 2 * p], **more), [3, 2 * p - 1])
 
@@ -82,7 +85,7 @@ def test_rotated_keys(index, finals):
     """16-bit pages beside rotated ones; then queries that are a slice of wider rows, as a fused projection has them."""
     p, h, d, g, per_head = SHAPES[index]
     group = LayerGroup((0,), *finals)
-    more = {"query_heads": h * per_head, "hadamard": True, "key_clip": index % 2 == 0, "dtype": DTYPES[index % 2]}
+    more = {"query_heads": h * per_head, "transform": "hadamard", "clip": index % 2 == 0, "dtype": DTYPES[index % 2]}
     inputs = make_inputs(index, PageShape(p, h, d, g), group, boundary_lens(p), **more)
     wrapper, q = check_decode(inputs), inputs.q.to(DTYPES[index % 2])
     wide = torch.cat((q, torch.full_like(q, torch.nan)), 1)
@@ -91,11 +94,22 @@ def test_rotated_keys(index, finals):
     check_extend(make_inputs(index, PageShape(p, h, d, g), group, [p + 3, 2 * p, 1], **more), [3, 2 * p - 1, 0])
 
 
+@pytest.mark.parametrize("transform", KEY_TRANSFORMS)
+def test_queries_inside_wider_rows(transform):
+    """Rows with others between them, as a fused projection has them, whether queries are transformed or not."""
+    inputs = inputs_of(4, (4, 2), SHAPES[1], torch.bfloat16, [33, 20], transform=transform)
+    heads, wrapper, q = inputs.q.shape[1], check_decode(inputs), inputs.q.bfloat16()
+    wide = torch.cat((q, torch.full_like(q, torch.nan)), 1)
+    apart, together = (run_guarded(wrapper, x, 0, 0.1, 0.0) for x in (wide[:, :heads], q))
+    assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+
+
 @pytest.mark.parametrize("step", range(4))
 def test_every_step_alone_in_every_layer(step):
     """All pages at one step, so that the other steps are empty."""
     shape = PageShape(16, 1, 64, 32)
-    inputs = make_inputs(step, shape, LayerGroup((2, 5), 4, 2), [50, 16], steps=step, query_heads=4, key_scale=True)
+    more = {"query_heads": 4, "transform": "scale"}
+    inputs = make_inputs(step, shape, LayerGroup((2, 5), 4, 2), [50, 16], steps=step, **more)
     check_decode(inputs)
     check_extend(inputs, [46, 15])
 
@@ -112,8 +126,8 @@ def test_window_boundaries_and_several_splits(monkeypatch):
     monkeypatch.setattr(device_plan, "MIN_SPLIT_TOKENS", 16)
     inputs = inputs_of(5, (4, 2), (16, 1, 64, 64, 2), torch.float16, [WINDOW - 1, 700, WINDOW, 1, WINDOW + 1])
     wrapper = check_decode(inputs)
-    assert wrapper._device is not None and wrapper._device.buffers is not None
-    splits = wrapper._device.buffers.split_indptr.diff()[:5]
+    assert wrapper.device_plan.buffers is not None
+    splits = wrapper.device_plan.buffers.split_indptr.diff()[:5]
     assert splits[1] > splits[0] > 1
 
 
@@ -122,7 +136,7 @@ def test_error_against_unquantized_values_is_that_of_the_width():
     errors = []
     for step in range(3):
         inputs = inputs_of(7, (4, 4), SHAPES[0], torch.bfloat16, [100], steps=step)
-        wrapper = MixedKVDecodeWrapper(backend="triton")
+        wrapper = TritonKernels().decode()
         wrapper.plan(inputs.storage, inputs.req_pages, torch.tensor(inputs.kv_lens))
         out, _ = run_guarded(wrapper, inputs.q.bfloat16(), 0, 128**-0.5, 0.0)
         want, _ = reference.attention(inputs.q.bfloat16(), *unquantized(inputs, 0, 0), 128**-0.5)
@@ -137,12 +151,12 @@ def test_error_against_unquantized_values_is_that_of_the_width():
     shape=st.sampled_from(SHAPES),
     dtype=st.sampled_from(DTYPES),
     lens=st.lists(st.integers(1, 120), min_size=1, max_size=4),
-    key_scale=st.booleans(),
+    transform=st.sampled_from(["none", "scale"]),
     logit_cap=st.sampled_from([0.0, 2.0, 30.0]),
     data=st.data(),
 )
-def test_any_mix_of_steps_and_lengths(seed, finals, shape, dtype, lens, key_scale, logit_cap, data):
-    inputs = inputs_of(seed, finals, shape, dtype, lens, key_scale=key_scale)
+def test_any_mix_of_steps_and_lengths(seed, finals, shape, dtype, lens, transform, logit_cap, data):
+    inputs = inputs_of(seed, finals, shape, dtype, lens, transform=transform)
     check_decode(inputs, logit_cap)
     if data.draw(st.booleans()):
         check_extend(inputs, [max(data.draw(st.integers(0, n)), n - 3) for n in lens], logit_cap)
@@ -152,8 +166,8 @@ def test_foreign_bytes_do_not_reach_a_request():
     """Every byte that is not the request's own set to ones (NaN as 16-bit values, as zero and as range)."""
     inputs = inputs_of(6, (4, 2), SHAPES[1], torch.bfloat16, [70, 33, 18])
     storage = inputs.storage
-    wrapper = MixedKVDecodeWrapper(backend="triton")
-    extend = MixedKVExtendWrapper(backend="triton")
+    wrapper = TritonKernels().decode()
+    extend = TritonKernels().extend()
     results = []
     for poison in (False, True):
         own = set(inputs.pages(1))
@@ -182,14 +196,14 @@ def test_a_nan_token_reaches_its_readers_and_only_them(step):
     storage, page = inputs.storage, inputs.pages(0)[0]
     bad = torch.zeros(1, 2, 64)
     bad[0, 1, 5] = torch.nan
-    page_ops.store(storage, 0, torch.tensor([page * 16 + 3]), torch.zeros(1, 2, 64), bad, backend="triton")
+    TritonKernels().store(storage, 0, torch.tensor([page * 16 + 3]), torch.zeros(1, 2, 64), bad)
     if step:
         unit = int(storage.table[0, page]) >> 2
         new = (storage.num_pages + 1) * 8
         tier = storage.group.steps[step][0]
-        page_ops.execute(storage, [copies(0, [page], [unit], [new], 16, tier)], backend="triton")
+        TritonKernels().copy(storage, copies(0, [page], [unit], [new], 16, tier))
         storage.table[0, page] = new << 2 | step
-    wrapper = MixedKVDecodeWrapper(backend="triton")
+    wrapper = TritonKernels().decode()
     wrapper.plan(storage, inputs.req_pages, torch.tensor(inputs.kv_lens))
     out = wrapper.run(inputs.q.bfloat16(), 0, 0.125)
     assert isinstance(out, torch.Tensor)
@@ -202,14 +216,14 @@ def test_a_nan_token_reaches_its_readers_and_only_them(step):
 def test_requests_without_kv_or_queries():
     inputs = inputs_of(8, (4, 4), SHAPES[0], torch.bfloat16, [20])
     pages = torch.cat([inputs.req_pages, inputs.req_pages])
-    decode = MixedKVDecodeWrapper(backend="triton")
+    decode = TritonKernels().decode()
     decode.plan(inputs.storage, pages, torch.tensor([0, 20]))
     out, lse = run_guarded(decode, inputs.q.repeat(2, 1, 1).bfloat16(), 0, 0.1, 0.0)
     assert not out[0].any() and (lse[0] == -torch.inf).all() and lse[1].isfinite().all()
     decode.plan(inputs.storage, pages[:0], torch.tensor([], dtype=torch.int64))
     assert decode.run(inputs.q[:0].bfloat16(), 0, 1.0).shape == (0, 8, 128)
     check_extend(dataclasses.replace(inputs, req_pages=pages, kv_lens=[20, 20]), [20, 17])
-    extend = MixedKVExtendWrapper(backend="triton")
+    extend = TritonKernels().extend()
     extend.plan(inputs.storage, inputs.req_pages, [20], [20])
     assert extend.run(inputs.q[:0].bfloat16(), 0, 1.0).shape == (0, 8, 128)
 
@@ -218,10 +232,10 @@ def test_plan_and_run_keep_their_buffers():
     """What a CUDA graph relies on: after ``reserve``, later plans and runs reuse every address, also padded ones."""
     inputs = inputs_of(9, (4, 2), (16, 1, 64, 64, 2), torch.float16, [40, 70, 5, 33])
     page0 = torch.zeros(2, inputs.req_pages.shape[1], dtype=torch.int64)  # padded rows: one token of page 0
-    wrapper = MixedKVDecodeWrapper(backend="triton")
+    wrapper = TritonKernels().decode()
     wrapper.reserve(inputs.storage, requests=6, max_pages=8, query_heads=2)
-    plan = wrapper._device
-    assert plan is not None and plan.buffers is not None and plan.partials is not None
+    plan = wrapper.device_plan
+    assert plan.buffers is not None and plan.partials is not None
 
     def addresses() -> list[int]:
         fields = [getattr(plan.buffers, f.name) for f in dataclasses.fields(plan.buffers)]
@@ -254,7 +268,7 @@ def test_plan_and_run_keep_their_buffers():
 
 def test_plan_and_run_refuse_what_does_not_fit():
     inputs = inputs_of(8, (4, 4), SHAPES[0], torch.bfloat16, [20, 40])
-    decode = MixedKVDecodeWrapper(backend="triton")
+    decode = TritonKernels().decode()
     with pytest.raises(ValueError, match="needs a plan"):
         decode.run(inputs.q, 0, 1.0)
     decode.plan(inputs.storage, inputs.req_pages, torch.tensor(inputs.kv_lens))
@@ -268,21 +282,20 @@ def test_plan_and_run_refuse_what_does_not_fit():
         decode.run(inputs.q, 1, 1.0)
     with pytest.raises(ValueError, match="last axis"):
         decode.run(torch.zeros(2, 128, 8).transpose(1, 2), 0, 1.0)
-    extend = MixedKVExtendWrapper(backend="triton")
+    extend = TritonKernels().extend()
     with pytest.raises(ValueError, match="prefix_lens <= seq_lens"):
         extend.plan(inputs.storage, inputs.req_pages, [21, 0], [20, 40])
     with pytest.raises(ValueError, match="but req_pages has 1 columns"):
         extend.plan(inputs.storage, inputs.req_pages[:, :1], [0, 0], [20, 40])
     with pytest.raises(ValueError, match="backend must be one of"):
-        MixedKVDecodeWrapper(backend="cuda").plan(inputs.storage, inputs.req_pages, [20, 40])  # type: ignore[arg-type]
+        kernels_for(inputs.storage.device, "cuda")  # type: ignore[arg-type]
 
 
 def test_without_the_cast_the_interpreter_gets_bf16_wrong():
     """bf16 storage is cast to fp32 before any arithmetic here, and it is that cast which makes it right."""
     inputs = inputs_of(10, (4, 4), SHAPES[0], torch.bfloat16, [40], steps=0)
     wrapper = check_decode(inputs)
-    plan = wrapper._device
-    assert plan is not None
+    plan = wrapper.device_plan
     q = inputs.q.bfloat16()
     launch = device_attention.decode_launch(plan, plan.partials_for(8), q, None, 0, 0.1, 0.0)
     assert launch.args["DOT"] == tl.float32

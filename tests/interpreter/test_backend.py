@@ -22,10 +22,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from benchmarks import kernels_aot
-from sglang_pmkvq.allocator import PmkvqAllocator
-from sglang_pmkvq.attention.backend import PmkvqAttnBackend
 from sglang_pmkvq.commands import ArenaCopies, CommandBatch, TableUpdate
-from sglang_pmkvq.config import Limits
 from sglang_pmkvq.formats import (
     STEP_BITS,
     UNITS_PER_SUPERBLOCK,
@@ -34,12 +31,18 @@ from sglang_pmkvq.formats import (
     geometry_for_pages,
     groups_from_finals,
 )
+from sglang_pmkvq.kernels.coding import Coding, Hadamard, KeyTransform, Scaled
 from sglang_pmkvq.kernels.launch import Launch
 from sglang_pmkvq.kernels.reference import attention as reference
 from sglang_pmkvq.kernels.reference.inputs import copies
 from sglang_pmkvq.ledger import PolicyConfig
-from sglang_pmkvq.metrics import MetricsReporter
-from sglang_pmkvq.pool import MixedPrecisionTokenPool, PoolSetup
+from sglang_pmkvq.serving.allocator import PmkvqAllocator
+from sglang_pmkvq.serving.attention import PmkvqAttnBackend
+from sglang_pmkvq.serving.configuration import Configuration
+from sglang_pmkvq.serving.metrics import MetricsReporter
+from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool
+from sglang_pmkvq.serving.pool_setup import PoolSetup
+from sglang_pmkvq.serving.sizing import Limits
 from tests.triton_checks import relative_error
 
 P, H, D, HQ = 16, 1, 64, 4
@@ -51,16 +54,14 @@ Key = tuple[str, tuple[tuple[str, object], ...]]
 
 
 def make_backend(
-    monkeypatch: pytest.MonkeyPatch, finals: list[tuple[int, int]], scales=None, clips=None, hadamard=False
+    monkeypatch: pytest.MonkeyPatch, finals: list[tuple[int, int]], codings: tuple[Coding, ...] | None = None
 ) -> PmkvqAttnBackend:
-    """A backend over a pool of 12 mapped 16-bit pages; the last superblocks are free."""
+    """A backend over a pool of 12 mapped 16-bit pages; the last superblocks are free. ``codings``: per group."""
     monkeypatch.setattr(MixedPrecisionTokenPool, "backend", "triton")
     groups = groups_from_finals(finals)
     geometry = geometry_for_pages(PageShape(P, H, D, D), groups, 12, 12)
-    setup = PoolSetup(
-        geometry, PolicyConfig(), Limits(4, 64, 12), geometry.total_bytes, 100, key_scales=scales, key_clips=clips,
-        hadamard=hadamard,
-    )  # fmt: skip
+    configuration = Configuration(geometry.shape, groups, codings or (Coding(),) * len(groups), PolicyConfig())
+    setup = PoolSetup(configuration, geometry, Limits(4, 64, 12), geometry.total_bytes, 100)
     pool = MixedPrecisionTokenPool(setup, 12 * P, P, torch.bfloat16, H, D, len(finals), "cpu", False)
     pages = np.arange(13, dtype=np.int32)
     table = tuple(
@@ -152,7 +153,7 @@ def test_extend_then_decode_through_graph_buffers(backend):
 
     backend.init_cuda_graph_state(4, 4)
     assert backend._graph_decode is not None
-    buffers = [w._device.buffers.pages.data_ptr() for w in backend._graph_decode]
+    buffers = [w.device_plan.buffers.pages.data_ptr() for w in backend._graph_decode]
     free = [s.superblocks[0] * UNITS_PER_SUPERBLOCK for s in backend.token_to_kv_pool.storages]
     for step in range(3):
         if step < 2:  # page 3 shrinks by a step in the first group, and once in the second
@@ -174,14 +175,14 @@ def test_extend_then_decode_through_graph_buffers(backend):
                 expected = want(backend, layer, q[i : i + 1], pages[row], lens[row])
                 assert relative_error(out[i], expected[0]) < 1e-2
             assert out.isfinite().all()
-    assert [w._device.buffers.pages.data_ptr() for w in backend._graph_decode] == buffers
+    assert [w.device_plan.buffers.pages.data_ptr() for w in backend._graph_decode] == buffers
     assert all(int(storage.unmapped_reads) == 0 for storage in backend.token_to_kv_pool.storages)
 
 
 def test_eager_decode_does_not_touch_graph_buffers(backend):
     backend.init_cuda_graph_state(2, 2)
     assert backend._graph_decode is not None
-    before = [w._device.buffers.pages.clone() for w in backend._graph_decode]
+    before = [w.device_plan.buffers.pages.clone() for w in backend._graph_decode]
     assign(backend, 2, [4, 6], 20)
     loc = slots_of([4, 6], 20)
     k = v = torch.randn(20, H * D).bfloat16()
@@ -192,14 +193,14 @@ def test_eager_decode_does_not_touch_graph_buffers(backend):
     q = torch.randn(1, HQ * D).bfloat16()
     out = backend.forward_decode(q, k[-1:], v[-1:], layer_of(1), batch)
     assert relative_error(out, want(backend, 1, q, [4, 6], 20)) < 1e-2
-    assert all(torch.equal(w._device.buffers.pages, b) for w, b in zip(backend._graph_decode, before, strict=True))
+    assert all(torch.equal(w.device_plan.buffers.pages, b) for w, b in zip(backend._graph_decode, before, strict=True))
     assert backend.get_cuda_graph_seq_len_fill_value() == 1
 
 
 def test_lost_rows_and_pages_are_counted_and_loud_once(backend, caplog):
     """A store to a page that has shrunk, a plan over a page without a block: counters, metrics, one CRITICAL line."""
     pool = backend.token_to_kv_pool
-    assert dataclasses.asdict(pool.device_counts()) == {"overflow_groups": 0, "dropped_rows": 0, "unmapped_reads": 0}
+    assert dataclasses.asdict(pool.counters.read()) == {"overflow_groups": 0, "dropped_rows": 0, "unmapped_reads": 0}
     assert not caplog.records
     allocator = PmkvqAllocator(pool.setup.tokens, P, torch.bfloat16, "cpu", pool, False, max_requests=4)
     metrics = MetricsReporter(pool.setup, allocator.ledger, pool)
@@ -244,17 +245,19 @@ class Launches:
         return keys
 
 
-@pytest.mark.parametrize("hadamard", [False, True])
-def test_start_up_compiles_all_that_serving_launches(monkeypatch, hadamard):
+@pytest.mark.parametrize("transform", ["scale", "hadamard"])
+def test_start_up_compiles_all_that_serving_launches(monkeypatch, transform):
     """Over batches, lengths, chunks and command counts: a kernel has one key per group, and start-up has seen it.
 
     Keys are Triton's own. What SGLang hands over is as it does: slices at any offset, K and V inside a QKV row.
     """
     launches = Launches(monkeypatch)
     finals = [(4, 4), (4, 2), (2, 8), (16, 4), (16, 16), (2, 8)]
-    scales = (None, None if hadamard else torch.ones(1, H, D), None, None, None)
+    everywhere = Hadamard(D) if transform == "hadamard" else KeyTransform()
+    second = everywhere if transform == "hadamard" else Scaled(torch.ones(1, H, D))
     clips = (None, None, torch.full((2, H), 0.6), None, None)
-    backend = make_backend(monkeypatch, finals, scales, clips, hadamard)
+    codings = tuple(Coding(second if g == 1 else everywhere, clip) for g, clip in enumerate(clips))
+    backend = make_backend(monkeypatch, finals, codings)
     warm = launches.take()
     launches.really = False  # from here on only the arguments matter
     pool, longest = backend.token_to_kv_pool, 1100 * P

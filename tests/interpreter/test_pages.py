@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 
 from sglang_pmkvq.commands import ArenaCopies, CommandBatch, TableUpdate
 from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, UNMAPPED, LayerGroup, PageShape, tier_units
-from sglang_pmkvq.kernels import page_ops
+from sglang_pmkvq.kernels.backend import Kernels
+from sglang_pmkvq.kernels.reference import inputs as inputs_module
 from sglang_pmkvq.kernels.reference.inputs import Inputs, copies, make_inputs
+from sglang_pmkvq.kernels.torch_kernels import TorchKernels
+from sglang_pmkvq.kernels.triton_kernels import TritonKernels
 from tests.kernel_checks import check_page_layout
 from tests.triton_checks import check_fenced, fenced, fill_adversarial, same
 
@@ -40,9 +43,9 @@ def test_store_writes_its_rows_and_nothing_else(finals, dtype):
     kv = torch.randn(len(slots), 2, 3, 64).to(dtype)
     kv[-1] = kv[-2]  # padded rows: page 0, the same bytes twice
     storage, fence = fenced(b.storage)
-    for to, backend in ((a.storage, "torch"), (storage, "triton")):
+    for to, kernels in ((a.storage, TorchKernels()), (storage, TritonKernels())):
         for index in (slots, slots.int()):
-            page_ops.store(to, 1, index, kv[:, 0], kv[:, 1], backend=backend)
+            kernels.store(to, 1, index, kv[:, 0], kv[:, 1])
     check_fenced(fence)
     assert same(a.storage, storage)
 
@@ -53,20 +56,20 @@ def test_store_converts_and_skips_what_is_not_writable():
     rows = torch.randn(4, 1, 64).bfloat16().float()  # the interpreter truncates where a GPU rounds
     for inputs in (a, b):
         inputs.storage.table[:, gone] = UNMAPPED
-    page_ops.store(a.storage, 0, torch.tensor([whole * 16 + 1]), rows[:1], rows[:1])
+    TorchKernels().store(a.storage, 0, torch.tensor([whole * 16 + 1]), rows[:1], rows[:1])
     far = (b.storage.num_pages + 9) * 16
     slots = torch.tensor([whole * 16 + 1, shrunk * 16, gone * 16 + 3, far])
-    page_ops.store(b.storage, 0, slots, rows, rows, backend="triton")
+    TritonKernels().store(b.storage, 0, slots, rows, rows)
     assert same(a.storage, b.storage)
     assert int(a.storage.dropped_rows) == 0 and int(b.storage.dropped_rows) == 3
     with pytest.raises(ValueError, match=r"k must have shape \(1, 1, 64\)"):
-        page_ops.store(b.storage, 0, slots[:1], rows[0], rows[:1], backend="triton")
+        TritonKernels().store(b.storage, 0, slots[:1], rows[0], rows[:1])
 
 
-def check_copies(pair, shape, finals, dtype, key_scale, seed, key_clip=False, hadamard=False) -> None:
+def check_copies(pair, shape, finals, dtype, transform, seed, clip=False) -> None:
     src_tier, dst_tier = pair
     group = LayerGroup((0, 1), *finals)
-    more = {"dtype": dtype, "key_scale": key_scale, "key_clip": key_clip, "hadamard": hadamard}
+    more = {"dtype": dtype, "transform": transform, "clip": clip}
     a, b = twins(seed, PageShape(*shape), group, [4 * shape[0]], steps=0, **more)
     storage, fence = fenced(b.storage)
     b = dataclasses.replace(b, storage=storage)
@@ -77,10 +80,10 @@ def check_copies(pair, shape, finals, dtype, key_scale, seed, key_clip=False, ha
         pages = np.array(a.pages(0))[[2, 0, 3]]
         src = (a.storage.table[arena, torch.from_numpy(pages)].long() >> STEP_BITS).numpy()
         dst = free + np.array([2, 0, 1]) * UNITS_PER_SUPERBLOCK + np.array([0, 8 - tier_units(dst_tier), 0])
-        for inputs, backend in ((a, "torch"), (b, "triton")):
+        for inputs, kernels in ((a, TorchKernels()), (b, TritonKernels())):
             fill_adversarial(inputs.storage, inputs.pages(0), seed)
             command = copies(arena, pages, src, dst, src_tier, dst_tier)
-            page_ops.execute(inputs.storage, [command], backend=backend)
+            kernels.copy(inputs.storage, command)
         check_fenced(fence)
         assert same(a.storage, b.storage)
 
@@ -88,32 +91,33 @@ def check_copies(pair, shape, finals, dtype, key_scale, seed, key_clip=False, ha
 @pytest.mark.parametrize("index,pair", list(enumerate(PAIRS)))
 def test_copies_equal_the_torch_path(index, pair):
     shape, dtype = SHAPES[index % len(SHAPES)], DTYPES[index % 2]
-    check_copies(pair, shape, (2, 2) if index % 3 else (2, 4), dtype, key_scale=index % 2 == 0, seed=index)
+    transform = "none" if index % 2 else "scale"
+    check_copies(pair, shape, (2, 2) if index % 3 else (2, 4), dtype, transform, seed=index)
 
 
 @pytest.mark.parametrize("index,finals", list(enumerate([(2, 2), (2, 4), (8, 2)])))
 @pytest.mark.parametrize("source", [16, 8, 4])
 def test_clipped_copies_equal_the_torch_path(source, index, finals):
-    check_copies((source, 2), SHAPES[index], finals, DTYPES[index % 2], key_scale=index == 1, seed=index, key_clip=True)
+    transform = "scale" if index == 1 else "none"
+    check_copies((source, 2), SHAPES[index], finals, DTYPES[index % 2], transform, seed=index, clip=True)
 
 
 @pytest.mark.parametrize("index,target", list(enumerate([8, 4, 2, 2])))
 @pytest.mark.parametrize("finals", [(2, 2), (2, 4)])
 def test_rotated_copies_equal_the_torch_path(finals, index, target):
     """The same sums in the same order."""
-    more = {"key_scale": False, "seed": index, "key_clip": index == 2, "hadamard": True}
-    check_copies((16, target), SHAPES[index], finals, DTYPES[index % 2], **more)
+    check_copies((16, target), SHAPES[index], finals, DTYPES[index % 2], "hadamard", seed=index, clip=index == 2)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("pair,shape,dtype", list(product(PAIRS, SHAPES, DTYPES)))
 @pytest.mark.parametrize("finals", [(2, 2), (2, 4), (8, 2)])
-@pytest.mark.parametrize("key_clip", [False, True])
-def test_copies_matrix(pair, shape, dtype, finals, key_clip):
-    more = {"seed": pair[0] + pair[1], "key_clip": key_clip}
-    check_copies(pair, shape, finals, dtype, key_scale=shape[0] == 16, **more)
+@pytest.mark.parametrize("clip", [False, True])
+def test_copies_matrix(pair, shape, dtype, finals, clip):
+    more = {"seed": pair[0] + pair[1], "clip": clip}
+    check_copies(pair, shape, finals, dtype, "scale" if shape[0] == 16 else "none", **more)
     if pair[0] == 16 > pair[1]:
-        check_copies(pair, shape, finals, dtype, key_scale=False, hadamard=True, **more)
+        check_copies(pair, shape, finals, dtype, "hadamard", **more)
 
 
 @pytest.mark.parametrize("finals", [(4, 4), (2, 8)])
@@ -126,8 +130,9 @@ def test_a_wave_of_mixed_pairs_is_one_launch(finals, monkeypatch):
     monkeypatch.setattr(Launch, "run", lambda self: (launched.append(self), original(self))[1])
     group = LayerGroup((0, 1), *finals)
     steps = len(group.steps)
-    a, b = twins(5, PageShape(16, 2, 64, 32), group, [16 * 6], steps=[0, 1, 0, 1, 1, 0][:6], key_scale=True)
-    for inputs, backend in ((a, "torch"), (b, "triton")):
+    a, b = twins(5, PageShape(16, 2, 64, 32), group, [16 * 6], steps=[0, 1, 0, 1, 1, 0][:6], transform="scale")
+    both: tuple[tuple[Inputs, Kernels], ...] = ((a, TorchKernels()), (b, TritonKernels()))
+    for inputs, kernels in both:
         storage, pages = inputs.storage, np.array(inputs.pages(0))
         for arena in range(len(group.arena_sides)):
             at = np.array([0, 1, 0, 1, 1, 0])
@@ -137,10 +142,10 @@ def test_a_wave_of_mixed_pairs_is_one_launch(finals, monkeypatch):
             dst = (2 * (storage.num_pages + 1) - np.arange(6) + 1) * UNITS_PER_SUPERBLOCK
             command = ArenaCopies(0, arena, pages.astype(np.int32), src, dst.astype(np.int32), src_tier, dst_tier)
             launched.clear()
-            page_ops.execute(storage, [command], backend=backend)
-            assert len(launched) == (backend == "triton")
+            kernels.copy(storage, command)
+            assert len(launched) == (kernels.name == "triton")
             entries = (dst << STEP_BITS | to).astype(np.int32)
-            page_ops.apply_table(storage, [TableUpdate(0, arena, pages, entries)], backend=backend)
+            kernels.update_table(storage, TableUpdate(0, arena, pages, entries))
     assert same(a.storage, b.storage)
     for page in b.pages(0):
         check_page_layout(b, page)
@@ -151,10 +156,10 @@ def test_a_wave_of_mixed_pairs_is_one_launch(finals, monkeypatch):
 def test_a_pool_built_by_triton_alone_is_the_same_pool(seed, shape, finals):
     """Random steps reached one at a time, every store, copy and table update by Triton."""
     group, lens = LayerGroup((0, 1), *finals), [3 * shape[0], 5]
-    a = make_inputs(seed, PageShape(*shape), group, lens, key_scale=True)
+    a = make_inputs(seed, PageShape(*shape), group, lens, transform="scale")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_ops, "uses_triton", lambda storage, backend: True)
-        b = make_inputs(seed, PageShape(*shape), group, lens, key_scale=True)
+        patch.setattr(inputs_module, "TorchKernels", TritonKernels)
+        b = make_inputs(seed, PageShape(*shape), group, lens, transform="scale")
     assert same(a.storage, b.storage)
 
 
@@ -168,7 +173,7 @@ def test_batches_and_refusals():
     wave2 = (copies(0, [a], [spare], [units[b]], 8, 4),)
     entries = np.array([units[b] << STEP_BITS | 2, spare + 8 << STEP_BITS], dtype=np.int32)
     table = (TableUpdate(0, 0, np.array([a, b], dtype=np.int32), entries),)
-    page_ops.execute_batch([storage], CommandBatch((wave1, wave2), table), backend="triton")
+    TritonKernels().execute([storage], CommandBatch((wave1, wave2), table))
     check_page_layout(inputs, a)
     check_page_layout(inputs, b)
     for command, match in (
@@ -178,6 +183,6 @@ def test_batches_and_refusals():
         (copies(0, [99], [0], [8], 16, 8), r"pages must be in \[0, 2\]"),
     ):
         with pytest.raises(ValueError, match=match):
-            page_ops.execute(storage, [command], backend="triton")
+            TritonKernels().copy(storage, command)
     with pytest.raises(ValueError, match=r"pages must be in \[0, 2\]"):
-        page_ops.apply_table(storage, [TableUpdate(0, 0, np.array([3]), np.array([0]))], backend="triton")
+        TritonKernels().update_table(storage, TableUpdate(0, 0, np.array([3]), np.array([0])))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from sglang_pmkvq.formats import UNMAPPED, LayerGroup, PageShape
 from sglang_pmkvq.kernels import device_plan
-from sglang_pmkvq.kernels.device_plan import PageSource, PlanBuffers, plan_launches
+from sglang_pmkvq.kernels.attention import PageSource
+from sglang_pmkvq.kernels.device_plan import PlanBuffers, plan_launches
 from sglang_pmkvq.kernels.reference.inputs import make_inputs
 from tests.plan_checks import check_fence, check_plan, fence
 

@@ -36,7 +36,7 @@ def countdown(error: Exception) -> Any:
 
 
 def plant_shrink() -> None:
-    from sglang_pmkvq.pool import MixedPrecisionTokenPool as Pool
+    from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool as Pool
 
     real, tick = Pool.execute, countdown(RuntimeError("injected: a shrink failed on the device"))
 
@@ -75,7 +75,7 @@ def plant_ledger() -> None:
 
 
 def plant_pool() -> None:
-    from sglang_pmkvq import pool
+    from sglang_pmkvq.serving import pool
 
     def allocate_pool(*args: Any, **kwargs: Any) -> Any:
         raise MemoryError("injected: the arenas cannot be allocated")
@@ -103,10 +103,10 @@ def plant_clock() -> None:
 
 
 def plant_poison() -> None:
-    from sglang_pmkvq import runtime
     from sglang_pmkvq.formats import STEP_BITS, STEP_MASK, UNMAPPED
-    from sglang_pmkvq.ledger.arena import USED
-    from sglang_pmkvq.pool import MixedPrecisionTokenPool as Pool
+    from sglang_pmkvq.ledger.arena import BLOCK_USED
+    from sglang_pmkvq.serving import runtime
+    from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool as Pool
 
     real = Pool.execute
     # Which life of each page was mapped when the last forward was made; -1 where none.
@@ -119,16 +119,16 @@ def plant_poison() -> None:
         if current is None or current.allocator is None:
             return
         ledger = current.allocator.ledger
-        gens = ledger.book.gens
+        gens = ledger.book.gen_np
         before = lives[0] if lives else np.full(len(gens), -1)
         poisoned = 0
         for storage, group in zip(self.storages, ledger.groups, strict=True):
             for index, arena in enumerate(group.arenas):
                 units = np.ones(arena.units, bool)
-                table = arena.entries
+                table = arena.entry_np
                 for page in np.flatnonzero(table != UNMAPPED).tolist():
                     unit = int(table[page]) >> STEP_BITS
-                    size = 1 << (arena.head[unit] - USED)
+                    size = 1 << (arena.head[unit] - BLOCK_USED)
                     units[unit : unit + size] = page != 0 and not table[page] & STEP_MASK and before[page] != gens[page]
                 poisoned += int(units.sum())
                 for side in group.spec.arena_sides[index]:
@@ -137,9 +137,9 @@ def plant_poison() -> None:
                     data.view(len(data), arena.units, -1)[:, np.flatnonzero(units)] = 0xFF
                     whole = [step for step, tiers in enumerate(group.spec.steps) if tiers[side] == 16]
                     if storage.meta[side] is not None:
-                        bare = np.isin(group.steps, [-1, *whole])
+                        bare = np.isin(group.step_np, [-1, *whole])
                         storage.meta[side][:, np.flatnonzero(bare)] = float("nan")
-        lives[:] = [np.where(ledger.groups[0].steps >= 0, gens, -1)]
+        lives[:] = [np.where(ledger.groups[0].step_np >= 0, gens, -1)]
         if not told:
             print(f"poisoned {poisoned} units", flush=True)
             told.append(poisoned)

@@ -1,4 +1,4 @@
-"""What the pool is doing: Prometheus metrics, SGLang's decode log, timeline rows, bits per request."""
+"""What the pool is doing: Prometheus metrics, SGLang's decode log, timeline rows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sglang_pmkvq.timeline import TimelineWriter
 
 if TYPE_CHECKING:
     from sglang_pmkvq.ledger import Ledger, LedgerStats
-    from sglang_pmkvq.pool import MixedPrecisionTokenPool, PoolSetup
+    from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool
+    from sglang_pmkvq.serving.pool_setup import PoolSetup
 
 PREFIX = "sglang:pmkvq_"
-REQUEST_PARAM = "pmkvq_kv_bits"
 
 # name, documentation, extra labels; docs/metrics.md explains the units.
 GAUGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -23,10 +23,10 @@ GAUGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("tier",),
     ),
     ("bytes", "Bytes of the blocks of mapped pages per tier.", ("tier",)),
-    ("pool_bytes", "Bytes of all pool tensors: arenas, scales and zeros, page tables.", ()),
-    ("pool_bytes_used", "Bytes of blocks of mapped pages, plus scales and zeros of pages below 16 bits.", ()),
-    ("pool_bytes_used_avg", "Mean of pool_bytes_used over forwards.", ()),
-    ("pool_bytes_used_peak", "Highest pool_bytes_used at a forward.", ()),
+    ("storage_bytes", "Bytes of all pool tensors: arenas, scales and zeros, page tables.", ()),
+    ("used_bytes", "Bytes of blocks of mapped pages, plus scales and zeros of pages below 16 bits.", ()),
+    ("used_bytes_avg", "Mean of used_bytes over forwards.", ()),
+    ("used_bytes_peak", "Highest used_bytes at a forward.", ()),
     ("logical_tokens", "Tokens that SGLang may hand out.", ()),
     ("protected_pages", "Pages that may not shrink (hard) or shrink last (soft).", ("kind",)),
     ("effective_bits", "Bits per KV element of mapped pages, scales and zeros included, now.", ()),
@@ -88,10 +88,10 @@ class MetricsReporter:
         for tier in TIERS:
             self._set("pages", stats.pages[tier], str(tier))
             self._set("bytes", stats.block_bytes[tier], str(tier))
-        self._set("pool_bytes", self._pool.storage_bytes())
-        self._set("pool_bytes_used", stats.used_bytes)
-        self._set("pool_bytes_used_avg", stats.used_bytes_avg)
-        self._set("pool_bytes_used_peak", stats.used_bytes_peak)
+        self._set("storage_bytes", self._pool.storage_bytes())
+        self._set("used_bytes", stats.used_bytes)
+        self._set("used_bytes_avg", stats.used_bytes_avg)
+        self._set("used_bytes_peak", stats.used_bytes_peak)
         self._set("logical_tokens", self._setup.tokens)
         self._set("protected_pages", stats.hard_pages, "hard")
         self._set("protected_pages", stats.soft_pages, "soft")
@@ -102,7 +102,7 @@ class MetricsReporter:
         for (old, new), count in stats.shrinks.items():
             self._count("shrinks", count, str(old), str(new))
             self._count("shrunk_bytes", stats.shrunk_bytes[old, new], str(old), str(new))
-        for name, count in asdict(self._pool.device_counts()).items():
+        for name, count in asdict(self._pool.counters.read()).items():
             self._count(name, count)
         self._count("evict_requests", stats.evict_requests)
         self._count("shrink_seconds", self._shrink_seconds)
@@ -150,7 +150,7 @@ class MetricsReporter:
         return {
             "tick": stats.tick,
             "bytes": {str(tier): stats.block_bytes[tier] for tier in TIERS},
-            "pool_bytes": self._setup.geometry.arena_bytes,
+            "arena_bytes": self._setup.geometry.arena_bytes,
             "used_bytes": stats.used_bytes,
             "effective_bits": stats.effective_bits,
             "pages_mapped": stats.mapped_pages,
@@ -174,48 +174,9 @@ class MetricsReporter:
             "evict_requests": stats.evict_requests,
             "shrink_seconds": self._shrink_seconds,
             "decode_read_bytes": self._ledger.running_bytes,
-            **asdict(self._pool.device_counts()),
+            **asdict(self._pool.counters.read()),
             "effective_bits": stats.effective_bits,
             "effective_bits_avg": stats.effective_bits_avg,
             "effective_bits_peak": stats.effective_bits_peak,
             "retractions_since_finish": self._retractions_since_finish,
         }
-
-
-class _AtEnd(list[Any]):
-    """A per-token list whose every slice is the one value that describes the whole request.
-
-    SGLang sends ``customized_info`` as slices along the output tokens; this value exists once, at the end. A client
-    that streams increments is shown its list from the tokens on that it has already, so ``padded`` puts Nones there.
-    """
-
-    def __init__(self, value: Any, padded: bool) -> None:
-        super().__init__([value])
-        self._padded = padded
-
-    def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, slice):
-            return list.__getitem__(self, index)
-        return [None] * (index.start or 0 if self._padded else 0) + [list.__getitem__(self, 0)]
-
-
-def has_request_bits(req: Any) -> bool:
-    """True once ``attach_request_bits`` gave this request its figures."""
-    return REQUEST_PARAM in (req.customized_info or {})
-
-
-def attach_request_bits(ledger: Ledger, req: Any, incremental_streaming: bool = False) -> None:
-    """Put lowest and mean bits of the request's KV into ``meta_info``, for requests that asked.
-
-    Opt in by ``"sampling_params": {"custom_params": {"pmkvq_kv_bits": true}}``.
-
-    Args:
-        incremental_streaming: the server streams increments (``--incremental-streaming-output``).
-    """
-    wanted = getattr(req.sampling_params, "custom_params", None) or {}
-    if not (isinstance(wanted, dict) and wanted.get(REQUEST_PARAM)) or not req.finished():
-        return
-    lowest, mean = ledger.request_bits(req.req_pool_idx)
-    info = req.customized_info if req.customized_info is not None else {}
-    info[REQUEST_PARAM] = _AtEnd({"lowest": lowest, "mean": round(mean, 3)}, incremental_streaming and req.stream)
-    req.customized_info = info

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 # The model of the repository; an installed wheel has none and needs --model.
-BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "benchmarks" / "reasoner" / "model"
+BUNDLED_MODEL = Path(__file__).resolve().parents[2] / "benchmarks" / "reasoner" / "model"
 
 # The 16-bit pool would hold this many tokens: one example problem with its chain of thought fits whole,
 # the second one makes pages of the first shrink.
@@ -107,11 +107,13 @@ def metrics_command(base_url: str) -> str:
     return f"curl -sf {base_url}/metrics | grep '^sglang:pmkvq_'"
 
 
-def server_command(model: Path, host: str, port: int, pool_bytes: int | str, gpu: bool, extra: list[str]) -> list[str]:
+def server_command(
+    model: Path, host: str, port: int, budget_bytes: int | str, gpu: bool, extra: list[str]
+) -> list[str]:
     """The plain SGLang command that the demo runs; ``extra`` comes last and wins."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
     command += ["--host", host, "--port", str(port)]
-    command += ["--kv-quant", "pmkvq", "--pmkvq-pool-bytes", str(pool_bytes), "--enable-metrics"]
+    command += ["--kv-quant", "pmkvq", "--pmkvq-pool-bytes", str(budget_bytes), "--enable-metrics"]
     command += ["--disable-decode-cuda-graph", "--disable-prefill-cuda-graph"] if gpu else ["--device", "cpu"]
     return command + extra
 
@@ -120,7 +122,7 @@ def serve_demo(
     model: str | None = None,
     host: str = "127.0.0.1",
     port: int = 30000,
-    pool_bytes: str | None = None,
+    budget_bytes: str | None = None,
     extra: list[str] | None = None,
 ) -> int:
     """Run the demo until the server ends or a signal comes.
@@ -134,7 +136,7 @@ def serve_demo(
     folder = Path(model) if model is not None else BUNDLED_MODEL
     if model is None and not folder.is_dir():
         raise ValueError("the bundled model is in the repository only; give a model folder with --model")
-    pool = pool_bytes or kv_bytes_per_token(folder) * POOL_TOKENS_AT_16_BITS
+    budget = budget_bytes or kv_bytes_per_token(folder) * POOL_TOKENS_AT_16_BITS
     requests = examples(folder)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -149,7 +151,7 @@ def serve_demo(
     environment = dict(os.environ)
     if not gpu:
         environment.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-    command = server_command(folder, host, port, pool, gpu, extra or [])
+    command = server_command(folder, host, port, budget, gpu, extra or [])
     print("pmkvq: " + ("GPU found: Triton kernels, CUDA graphs off" if gpu else "no GPU found: CPU path"))
     print("pmkvq: starting", shlex.join(command), flush=True)
     return _supervise(command, environment, f"http://{host}:{port}", requests)

@@ -13,20 +13,16 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.radix_attention import RadixAttention
 
-from sglang_pmkvq.config import PmkvqConfigError
-from sglang_pmkvq.kernels.attention import MixedKVDecodeWrapper, MixedKVExtendWrapper
-from sglang_pmkvq.kernels.launch import uses_triton
-from sglang_pmkvq.pool import MixedPrecisionTokenPool
-from sglang_pmkvq.refusals import LAYER_REFUSALS, check_model_facts
+from sglang_pmkvq.kernels.attention import DecodeAttention, ExtendAttention, PageSource
+from sglang_pmkvq.serving import engine
+from sglang_pmkvq.serving.config import PmkvqConfigError
+from sglang_pmkvq.serving.engine import AttentionBackend, RadixAttention
+from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool
+from sglang_pmkvq.serving.refusals import LAYER_REFUSALS, check_model_facts
 
 if TYPE_CHECKING:
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-    from sglang.srt.model_executor.model_runner import ModelRunner
-
-    from sglang_pmkvq.kernels.device_plan import PageSource
+    from sglang_pmkvq.serving.engine import ForwardBatch, ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +37,7 @@ class PmkvqAttnBackend(AttentionBackend):
             raise RuntimeError(
                 f"attention backend pmkvq needs its own pool, SGLang built {type(pool).__name__}"
             )
-        architectures = runner.model_config.hf_config.architectures
+        architectures = engine.architectures(runner)
         layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
         for layer in layers:
             check_model_facts(layer, LAYER_REFUSALS, architectures)
@@ -49,29 +45,27 @@ class PmkvqAttnBackend(AttentionBackend):
         self.req_to_token_pool = runner.req_to_token_pool
         self.device = runner.device
         self._page_size = pool.page_size
-        self._query_heads = runner.model_config.num_attention_heads // runner.tp_size
-        self._triton = uses_triton(pool.storages[0], pool.backend)
+        self._query_heads = engine.query_heads(runner)
         self._decode = self._decode_wrappers()
-        self._extend = [MixedKVExtendWrapper(backend=pool.backend) for _ in pool.storages]
+        self._extend = [pool.kernels.extend() for _ in pool.storages]
         # The wrappers of decode graphs, with buffers of their own that never move; None without graphs.
-        self._graph_decode: list[MixedKVDecodeWrapper] | None = None
+        self._graph_decode: list[DecodeAttention] | None = None
         self._active_decode = self._decode
-        if self._triton:
+        if pool.kernels.compiles:
             self._compile_kernels(layers)
 
     def _compile_kernels(self, layers: list[RadixAttention]) -> None:
         """Compile what serving will launch, or load it from Triton's cache: a forward must not wait for it."""
-        from sglang_pmkvq.kernels.warm_up import warm_up
-
         start = time.monotonic()
         caps = {float(layer.logit_cap) for layer in layers}
-        for storage in self.token_to_kv_pool.storages:
-            warm_up(storage, self._query_heads, caps or {0.0}, self.req_to_token_pool.req_to_token.dtype)
+        pool = self.token_to_kv_pool
+        for storage in pool.storages:
+            pool.kernels.warm_up(storage, self._query_heads, caps or {0.0}, self.req_to_token_pool.req_to_token.dtype)
         logger.info("pmkvq: kernels ready in %.1f s", time.monotonic() - start)
 
-    def _decode_wrappers(self) -> list[MixedKVDecodeWrapper]:
+    def _decode_wrappers(self) -> list[DecodeAttention]:
         pool = self.token_to_kv_pool
-        return [MixedKVDecodeWrapper(backend=pool.backend) for _ in pool.storages]
+        return [pool.kernels.decode() for _ in pool.storages]
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Allocate what captured graphs will read, for ``max_bs`` requests of any length."""
@@ -93,28 +87,25 @@ class PmkvqAttnBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan an eager decode or extend for every layer group from request rows and lengths."""
         self._active_decode = self._decode
+        self.token_to_kv_pool.kernels.begin_forward()
         mode = forward_batch.forward_mode
         if mode.is_idle():
             return
-        if not self._triton:
-            self._plan_on_host(forward_batch)
-        elif mode.is_decode():
+        if mode.is_decode():
             self._plan_decode(forward_batch)
-        else:
-            lens = _host(forward_batch.seq_lens_cpu, forward_batch.seq_lens)
-            prefix = _host(forward_batch.extend_prefix_lens_cpu, forward_batch.extend_prefix_lens)
-            source = self._page_source(forward_batch.req_pool_indices)
-            for storage, extend in zip(self.token_to_kv_pool.storages, self._extend, strict=True):
-                extend.plan_source(storage, source, prefix, lens)
+            return
+        lens = _host(forward_batch.seq_lens_cpu, forward_batch.seq_lens)
+        prefix = _host(forward_batch.extend_prefix_lens_cpu, forward_batch.extend_prefix_lens)
+        source = self._page_source(forward_batch.req_pool_indices)
+        for storage, extend in zip(self.token_to_kv_pool.storages, self._extend, strict=True):
+            extend.plan_source(storage, source, prefix, lens)
 
     def _page_source(self, rows: torch.Tensor) -> PageSource:
         """Where the kernels find logical pages: every P-th token slot of a request's row, over P."""
-        from sglang_pmkvq.kernels.device_plan import PageSource
-
         return PageSource(self.req_to_token_pool.req_to_token, rows, self._page_size, self._page_size)
 
     def _plan_decode(self, forward_batch: ForwardBatch) -> None:
-        """Device-side plan of the active decode wrappers; nothing waits for the device."""
+        """Plan of the active decode wrappers; on CUDA nothing waits for the device."""
         source = self._page_source(forward_batch.req_pool_indices)
         longest = None
         # Without a sum SGLang's host mirror of the lengths is stale, and the grid covers the longest possible.
@@ -122,28 +113,6 @@ class PmkvqAttnBackend(AttentionBackend):
             longest = -(-max(int(forward_batch.seq_lens_cpu.max()), 1) // self._page_size)
         for storage, decode in zip(self.token_to_kv_pool.storages, self._active_decode, strict=True):
             decode.plan_source(storage, source, forward_batch.seq_lens, longest)
-
-    def _plan_on_host(self, forward_batch: ForwardBatch) -> None:
-        """Plan of the torch path, from the host mirrors of the lengths."""
-        mode = forward_batch.forward_mode
-        pool = self.token_to_kv_pool
-        if forward_batch.out_cache_loc is not None:
-            pool.plan_writes(forward_batch.out_cache_loc)
-        lens = _host(forward_batch.seq_lens_cpu, forward_batch.seq_lens)
-        rows, columns = self.req_to_token_pool.req_to_token, slice(0, max(lens, default=1), self._page_size)
-        if rows.device.type == "cpu":
-            # numpy: at small batches the cost of calling torch is what a decode step would notice.
-            slots = rows.numpy()[forward_batch.req_pool_indices.numpy(), columns]
-            pages = torch.from_numpy(slots // self._page_size)
-        else:
-            pages = rows[forward_batch.req_pool_indices, columns].to(torch.int64) // self._page_size
-        if mode.is_decode():
-            for storage, decode in zip(pool.storages, self._decode, strict=True):
-                decode.plan(storage, pages, lens)
-        else:
-            prefix = _host(forward_batch.extend_prefix_lens_cpu, forward_batch.extend_prefix_lens)
-            for storage, extend in zip(pool.storages, self._extend, strict=True):
-                extend.plan(storage, pages, prefix, lens)
 
     def forward_decode(
         self,
@@ -174,7 +143,7 @@ class PmkvqAttnBackend(AttentionBackend):
     @torch.compiler.disable
     def _forward(
         self,
-        wrappers: list[MixedKVDecodeWrapper] | list[MixedKVExtendWrapper],
+        wrappers: list[DecodeAttention] | list[ExtendAttention],
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,

@@ -5,58 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from sglang_pmkvq.patches import base, v0_5_15
-
-PATCH_SETS = (v0_5_15,)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why this SGLang cannot be served.
-
-    Attributes:
-        text: one sentence.
-        version_only: the hook targets look right, only the version is unknown.
-    """
-
-    text: str
-    version_only: bool
-
-
-def supported_versions() -> tuple[str, ...]:
-    return tuple(v for patch_set in PATCH_SETS for v in patch_set.SUPPORTED)
-
-
-@lru_cache(maxsize=1)
-def hook_targets() -> tuple[base.Target, ...]:
-    """Hook targets for the installed SGLang; the newest patch set where the version is unknown."""
-    import sglang
-
-    for patch_set in PATCH_SETS:
-        if sglang.__version__ in patch_set.SUPPORTED:
-            return patch_set.targets()
-    return PATCH_SETS[-1].targets()
-
-
-@lru_cache(maxsize=1)
-def check_installed() -> Problem | None:
-    """None if the installed SGLang is one we know, else the problem; call before the hooks are applied or after."""
-    import sglang
-
-    broken = [f"{t.path} ({reason})" for t in hook_targets() if (reason := base.check(t))]
-    if broken:
-        return Problem(f"SGLang's code differs from what is patched: {'; '.join(broken)}", False)
-    if sglang.__version__ not in supported_versions():
-        return Problem(
-            f"untested SGLang version; tested are {', '.join(supported_versions())}, try "
-            "--pmkvq-allow-untested-sglang at your own risk",
-            True,
-        )
-    return None
+from sglang_pmkvq.serving import engine, hooks
+from sglang_pmkvq.serving.versions import check_installed, patch_set
 
 
 def register() -> None:
@@ -67,23 +19,20 @@ def register() -> None:
             then ``--kv-quant`` is an unknown flag).
     """
     ensure_cpu_engine()
-    from sglang.srt.entrypoints.engine import Engine
-    from sglang.srt.layers.attention.attention_registry import register_attention_backend
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-    from sglang.srt.server_args import add_attention_backend_choices
-
-    from sglang_pmkvq.server_args import BACKEND, PmkvqServerArgs
+    from sglang_pmkvq.serving.server_args import BACKEND, PmkvqServerArgs
 
     check_installed()
-    for target in hook_targets():
-        HookRegistry.register(target.path, target.hook, HookType(target.kind))
+    ours = {"PmkvqServerArgs": PmkvqServerArgs}
+    for target in patch_set().targets:
+        hook = ours.get(target.hook) or getattr(hooks, target.hook)
+        engine.HookRegistry.register(target.path, hook, engine.HookType(target.kind))
     # A class attribute of Engine: the registry rebinds module globals only.
-    Engine.server_args_class = PmkvqServerArgs
-    add_attention_backend_choices([BACKEND])
+    engine.Engine.server_args_class = PmkvqServerArgs
+    engine.add_attention_backend_choices([BACKEND])
 
-    @register_attention_backend(BACKEND)
+    @engine.register_attention_backend(BACKEND)
     def create(runner: object) -> object:
-        from sglang_pmkvq.attention.backend import PmkvqAttnBackend
+        from sglang_pmkvq.serving.attention import PmkvqAttnBackend
 
         return PmkvqAttnBackend(runner)  # type: ignore[arg-type]
 

@@ -204,14 +204,14 @@ def _check_kernels_package() -> tuple[bool, str]:
 
 
 def _check_sglang_version() -> tuple[bool, str]:
-    from sglang_pmkvq.plugin import supported_versions
+    from sglang_pmkvq.serving.versions import supported_versions
 
     installed, supported = metadata.version("sglang"), supported_versions()
     return installed in supported, f"{installed}, tested with {', '.join(supported)}"
 
 
 def _check_environment() -> tuple[bool, str]:
-    from sglang_pmkvq.refusals import REFUSALS
+    from sglang_pmkvq.serving.refusals import REFUSALS
 
     # Without server arguments only what the environment alone triggers is left.
     active = [refusal.sentence() for refusal in REFUSALS if refusal.applies(SimpleNamespace())]
@@ -220,13 +220,22 @@ def _check_environment() -> tuple[bool, str]:
 
 def _targets() -> list[TargetCheck]:
     from sglang_pmkvq.patches.base import check
-    from sglang_pmkvq.plugin import hook_targets
+    from sglang_pmkvq.serving.versions import patch_set
 
-    return [TargetCheck(t.path, t.kind, t.why, check(t)) for t in hook_targets()]
+    known = patch_set()
+    return [
+        *(TargetCheck(t.path, t.kind, t.why, check(t)) for t in known.targets),
+        *(
+            TargetCheck(
+                o.path, "override", f"{o.ours} overrides {len(o.methods)} of its methods", "; ".join(o.broken()) or None
+            )
+            for o in known.overrides
+        ),
+    ]
 
 
 def _refusals() -> list[dict[str, str]]:
-    from sglang_pmkvq.refusals import LAYER_REFUSALS, MODEL_REFUSALS, REFUSALS
+    from sglang_pmkvq.serving.refusals import LAYER_REFUSALS, MODEL_REFUSALS, REFUSALS
 
     models = {r.what: r.reason for r in (*MODEL_REFUSALS, *LAYER_REFUSALS)}
     return [

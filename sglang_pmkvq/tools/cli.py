@@ -184,7 +184,7 @@ def _inspect(args: argparse.Namespace, extra: list[str]) -> int:
 
 
 def _doctor(args: argparse.Namespace, extra: list[str]) -> int:
-    from sglang_pmkvq.doctor import diagnose
+    from sglang_pmkvq.tools.doctor import diagnose
 
     diagnosis = diagnose()
     print(json.dumps(diagnosis.to_json(), indent=2) if args.json else diagnosis.text())
@@ -192,7 +192,7 @@ def _doctor(args: argparse.Namespace, extra: list[str]) -> int:
 
 
 def _report(args: argparse.Namespace, extra: list[str]) -> int:
-    from sglang_pmkvq.report import write_report
+    from sglang_pmkvq.tools.report import write_report
 
     if os.path.isdir(args.file):
         return _repository("report", [args.file, *(["--out", args.out] if args.out else [])])
@@ -211,7 +211,7 @@ def _repository(name: str, arguments: list[str]) -> int:
     from importlib import import_module
     from pathlib import Path
 
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     home = root / "benchmarks"
     if not ((home / f"{name}.py").is_file() or (home / name / "__main__.py").is_file()):
         raise ValueError(
@@ -224,7 +224,7 @@ def _repository(name: str, arguments: list[str]) -> int:
 
 
 def _serve_demo(args: argparse.Namespace, extra: list[str]) -> int:
-    from sglang_pmkvq.demo import serve_demo
+    from sglang_pmkvq.tools.demo import serve_demo
 
     return serve_demo(args.model, args.host, args.port, args.pool_bytes, extra)
 

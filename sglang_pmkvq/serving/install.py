@@ -6,13 +6,15 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sglang_pmkvq import runtime
-from sglang_pmkvq.allocator import PmkvqAllocator
-from sglang_pmkvq.metrics import MetricsReporter
-from sglang_pmkvq.pool import MixedPrecisionTokenPool, PoolSetup
+from sglang_pmkvq.serving import engine, runtime
+from sglang_pmkvq.serving.allocator import PmkvqAllocator
+from sglang_pmkvq.serving.metrics import MetricsReporter
+from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool
+from sglang_pmkvq.serving.pool_setup import PoolSetup
+from sglang_pmkvq.serving.versions import patch_set
 
 if TYPE_CHECKING:
-    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang_pmkvq.serving.engine import ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +46,6 @@ def verify_pools(runner: ModelRunner) -> None:
     Raises:
         RuntimeError: SGLang kept a class of its own, or a hook failed to apply (SGLang only logs that).
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    from sglang_pmkvq.plugin import hook_targets
-
     current = runtime.current()
     assert current is not None
     pool, allocator = runner.token_to_kv_pool, runner.token_to_kv_pool_allocator
@@ -56,14 +54,14 @@ def verify_pools(runner: ModelRunner) -> None:
             f"--kv-quant pmkvq: SGLang built {type(pool).__name__} and {type(allocator).__name__} instead of this "
             "plugin's pool and allocator"
         )
-    missing = [t.path for t in hook_targets() if t.path not in HookRegistry._patched]
+    missing = [t.path for t in patch_set().targets if t.path not in engine.HookRegistry._patched]
     if missing:
         raise RuntimeError(f"--kv-quant pmkvq: hooks did not apply: {', '.join(missing)}; see the log above")
     assert current.pool is not None
     assert current.allocator is not None
     commands = current.allocator.ledger.drain()
     current.pool.execute(commands)
-    logger.info(current.pool.log_line())
+    logger.info(current.setup.log_line())
 
 
 def verify_backend(runner: ModelRunner) -> None:
@@ -72,7 +70,7 @@ def verify_backend(runner: ModelRunner) -> None:
     Raises:
         RuntimeError: SGLang built another one, which could not read the pages.
     """
-    from sglang_pmkvq.attention.backend import PmkvqAttnBackend
+    from sglang_pmkvq.serving.attention import PmkvqAttnBackend
 
     if not isinstance(runner.attn_backend, PmkvqAttnBackend):
         raise RuntimeError(

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sglang_pmkvq.allocator import PmkvqAllocator
-    from sglang_pmkvq.metrics import MetricsReporter
-    from sglang_pmkvq.pool import MixedPrecisionTokenPool, PoolSetup
+    from sglang_pmkvq.serving.allocator import PmkvqAllocator
+    from sglang_pmkvq.serving.configurator import PmkvqPoolConfigurator
+    from sglang_pmkvq.serving.metrics import MetricsReporter
+    from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool
+    from sglang_pmkvq.serving.pool_setup import PoolSetup
 
 
 @dataclass
@@ -25,6 +27,8 @@ class Runtime:
 
 
 _current: Runtime | None = None
+# Who answered how many tokens fit, from then until the pools are built.
+configurator: PmkvqPoolConfigurator | None = None
 # Labels of SGLang's own metrics; its collector is made before the pools are.
 metric_labels: dict[str, str] | None = None
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_pmkvq.config import PmkvqConfigError
 from sglang_pmkvq.formats import PAGE_SIZES
+from sglang_pmkvq.serving.config import PmkvqConfigError
 
 
 @dataclass(frozen=True)

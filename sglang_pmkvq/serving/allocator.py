@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_pmkvq.ledger import IntegrityError, Ledger
+from sglang_pmkvq.serving import engine
+from sglang_pmkvq.serving.engine import BaseTokenToKVPoolAllocator
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-
-    from sglang_pmkvq.pool import MixedPrecisionTokenPool
+    from sglang_pmkvq.serving.engine import Req, ScheduleBatch
+    from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool
 
 
 class PmkvqAllocator(BaseTokenToKVPoolAllocator):
@@ -29,7 +28,8 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
     alike.
 
     Attributes:
-        alloc_seconds: host time that the ledger took for allocations since the last forward; measured, never used.
+        alloc_seconds: host time that the ledger took for allocations since the last forward; for the metrics, no
+            decision depends on it.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
     @contextmanager
     def batch_context(self, batch: ScheduleBatch) -> Iterator[None]:
         """The batch that the coming ``alloc_extend`` or ``alloc_decode`` is for."""
-        self._batch, self._tree = batch, batch.tree_cache
+        self._batch, self._tree = batch, engine.tree_of(batch)
         try:
             yield
         finally:
@@ -97,8 +97,9 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
             yield
         finally:
             self._in_row_rewrite = False
-        if self._rewritten and req.req_pool_idx is not None:
-            self.ledger.rebind(req.req_pool_idx, self._pages_of([req.prefix_indices])[0])
+        slot = engine.request_slot(req)
+        if self._rewritten and slot is not None:
+            self.ledger.rebind(slot, self._pages_of([engine.prefix_slots(req)])[0])
 
     def finish(self, slot: int) -> None:
         """The request in ``slot`` ended, was aborted or retracted."""
@@ -127,9 +128,9 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
         reqs = self._batch_reqs("alloc_extend")
         page = self.page_size
         before, after = prefix_lens_cpu.numpy(), seq_lens_cpu.numpy()
-        prefix_pages = self._pages_of([req.prefix_indices for req in reqs])
+        prefix_pages = self._pages_of([engine.prefix_slots(req) for req in reqs])
         start = perf_counter()
-        new = self.ledger.extend([req.req_pool_idx for req in reqs], prefix_pages, before, after)
+        new = self.ledger.extend(_slots(reqs), prefix_pages, before, after)
         self.alloc_seconds += perf_counter() - start
         if new is None:
             return None
@@ -153,7 +154,7 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
     ) -> torch.Tensor | None:
         """One slot per request, int64 [batch]; None if logical pages are lacking."""
         reqs = self._batch_reqs("alloc_decode")
-        slots = np.array([req.req_pool_idx for req in reqs], np.int64)
+        slots = np.array(_slots(reqs), np.int64)
         after = seq_lens_cpu.numpy()
         start = perf_counter()
         new = self.ledger.append(slots, after)
@@ -238,10 +239,8 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
 
     def _evict_pages(self, pages: int) -> int:
         """Ask SGLang's tree to evict about ``pages`` cached pages (its own order); returns how many went."""
-        if self._tree is None or self._tree.is_chunk_cache():
-            return 0
         before = self.ledger.free_page_count
-        self._tree.evict(EvictParams(num_tokens=pages * self.page_size))
+        engine.evict(self._tree, pages * self.page_size)
         evicted = self.ledger.free_page_count - before
         if evicted:
             self._report("evict", pages=evicted)
@@ -250,3 +249,10 @@ class PmkvqAllocator(BaseTokenToKVPoolAllocator):
     def _report(self, event: str, **fields: object) -> None:
         if self.on_event is not None:
             self.on_event(event, **fields)
+
+
+def _slots(reqs: list[Req]) -> list[int]:
+    """Rows of requests that are about to run."""
+    slots = [engine.request_slot(req) for req in reqs]
+    assert None not in slots
+    return slots  # type: ignore[return-value]

@@ -41,7 +41,7 @@ class Summary:
 
     seconds: float
     rows: int
-    pool_bytes: int
+    arena_bytes: int
     peak_block_bytes: int
     effective_bits_min: float | None
     effective_bits_avg: float | None
@@ -53,10 +53,10 @@ class Summary:
         def bits(value: float | None) -> str:
             return "n/a" if value is None else f"{value:.2f}"
 
-        share = 100 * self.peak_block_bytes / self.pool_bytes if self.pool_bytes else 0.0
+        share = 100 * self.peak_block_bytes / self.arena_bytes if self.arena_bytes else 0.0
         lines = [
             f"time            {self.seconds:.1f} s, {self.rows} rows",
-            f"pool            {format_bytes(self.pool_bytes)}",
+            f"arenas          {format_bytes(self.arena_bytes)}",
             f"peak blocks     {format_bytes(self.peak_block_bytes)} ({share:.0f} %)",
             f"effective bits  {bits(self.effective_bits_avg)} on average over time, "
             f"{bits(self.effective_bits_min)} at the lowest",
@@ -99,7 +99,7 @@ def summarize(timeline: Timeline) -> Summary:
     return Summary(
         seconds=float(t[-1] - t[0]),
         rows=len(rows),
-        pool_bytes=int(max(row["pool_bytes"] for row in rows)),
+        arena_bytes=int(max(row["arena_bytes"] for row in rows)),
         peak_block_bytes=int(max(sum(row["bytes"].values()) for row in rows)),
         effective_bits_min=float(bits[known].min()) if known.any() else None,
         effective_bits_avg=average,
@@ -177,7 +177,7 @@ def _subtitle(header: dict[str, Any]) -> str:
 
 
 def _draw_bytes(axis: Axes, t: np.ndarray, rows: list[dict[str, Any]]) -> None:
-    pool = np.array([row["pool_bytes"] for row in rows], dtype=float)
+    pool = np.array([row["arena_bytes"] for row in rows], dtype=float)
     tiers = np.array([[row["bytes"][key] for row in rows] for key in TIER_KEYS], dtype=float)
     scale, unit = byte_scale(max(pool.max(), tiers.sum(0).max(), 1.0))
     # Lowest precision at the bottom: what stays longest is the base that the rest stands on.

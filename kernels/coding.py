@@ -1,0 +1,290 @@
+"""How keys and values become codes, and how queries meet codes: one frozen object per layer group.
+
+Quantized tiers hold codes of T(k), k a key after RoPE, and are read by T*(q), where T*(q)·T(k) = q·k; the 16-bit tier
+is never transformed. Every room asks this object: who makes codes (``transformed``, ``edges``, ``copy_arguments``), who
+reads them (``queries``, ``key_clip``, ``read_arguments``), and who chooses (``from_calibration``, ``default``). A
+transform is one subclass of ``KeyTransform`` here, its arithmetic over again in ``reference/codes.py``, and its device
+code in ``triton/pages.py``. Values are coded as they are; what they become before codes, and what their sums must be
+turned back by, would be a second transform of ``Coding``, and a centre of keys a third field of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+
+from sglang_pmkvq.artifact import Calibration
+from sglang_pmkvq.formats import KEY_TRANSFORMS, K, LayerGroup, PageShape
+
+Index = int | slice
+# The model's own, and what the CPU computes in.
+QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Clip factors of least squared error for 2-bit codes of G normal variates, by G. Rotated channels are sums of all
+# channels and nearly normal; factors calibrated on real keys are close to these.
+NORMAL_CLIPS = {32: 0.76, 64: 0.63, 128: 0.60}
+
+
+@dataclass(frozen=True)
+class KeyTransform:
+    """The identity, and what a transform of keys has to say. Stateless; tensors on the device of the pool.
+
+    Attributes:
+        name: as flags and calibration files spell it.
+    """
+
+    name: ClassVar[str] = "none"
+
+    def keys(self, x: torch.Tensor) -> torch.Tensor:
+        """T(x) of fp32 ``x [L, n, H, P, D]``, all layers of the group; may overwrite ``x``."""
+        return x
+
+    def queries(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+        """T*(q) of ``q [..., H, M, D]`` of layer ``layer``, in q's dtype; ``q`` itself if that is the identity."""
+        return q
+
+    def copy_arguments(self) -> dict[str, Any]:
+        """Arguments of the kernel that makes codes from 16-bit pages."""
+        return {"scale0": None, "ROTATE": 0.0}
+
+    def pick(self, index: Index) -> KeyTransform:
+        """The same for some layers of the group."""
+        return self
+
+    def on(self, device: torch.device | str) -> KeyTransform:
+        """The same with tensors on a device."""
+        return self
+
+    def check(self, layers: int, heads: int, head_dim: int) -> None:
+        """Raise ``ValueError`` for tensors that do not fit a layer group."""
+
+
+@dataclass(frozen=True)
+class Scaled(KeyTransform):
+    """K / s is coded and queries are multiplied by s (paper sec. 3.3, eq. 9).
+
+    Attributes:
+        scale: positive fp32 ``[L, H, D]`` (``[H, D]`` once a layer is picked).
+    """
+
+    name: ClassVar[str] = "scale"
+    scale: torch.Tensor
+
+    def keys(self, x: torch.Tensor) -> torch.Tensor:
+        return x.div_(self.scale[:, None, :, None, :])
+
+    def queries(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+        # The product in fp32, then rounded once: scales are not exact in 16 bits.
+        return (q.float() * self.scale[layer].unsqueeze(1)).to(q.dtype)
+
+    def copy_arguments(self) -> dict[str, Any]:
+        return {**super().copy_arguments(), "scale0": self.scale}
+
+    def pick(self, index: Index) -> Scaled:
+        return Scaled(self.scale[index])
+
+    def on(self, device: torch.device | str) -> Scaled:
+        return Scaled(self.scale.to(device=device, dtype=torch.float32).contiguous())
+
+    def check(self, layers: int, heads: int, head_dim: int) -> None:
+        expected = (layers, heads, head_dim)
+        if tuple(self.scale.shape) != expected:
+            raise ValueError(f"key scales must have shape {expected}, got {tuple(self.scale.shape)}")
+        if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
+            raise ValueError("key scales must be positive and finite everywhere")
+
+
+@dataclass(frozen=True)
+class Hadamard(KeyTransform):
+    """K·W/2^a is coded and q·W/2^b reads it; W·W = D·I and 2^(a + b) = D.
+
+    W is Sylvester's matrix of ±1, so q·K stays, and every channel that is coded mixes all channels of a head: an
+    outlier is spread over all of them instead of stretching the range of its group. Powers of two in place of √D
+    scale exactly, so that all who rotate make the same codes, bit for bit.
+
+    Attributes:
+        head_dim: D, a power of two.
+        device: of ``matrices``.
+        matrices: W/2^b ``[D, D]`` by dtype of the queries, exact in each. Held here, so that a captured CUDA graph
+            finds them where they were.
+
+    Raises:
+        ValueError: ``head_dim`` is no power of two.
+    """
+
+    name: ClassVar[str] = "hadamard"
+    head_dim: int
+    device: torch.device | str = "cpu"
+    matrices: dict[torch.dtype, torch.Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.head_dim.bit_count() != 1:
+            raise ValueError(f"a Hadamard rotation needs a power of two of channels, got {self.head_dim}")
+        with torch.inference_mode(False):
+            made = {dtype: query_rotation(self.head_dim, dtype, self.device) for dtype in QUERY_DTYPES}
+        object.__setattr__(self, "matrices", made)
+
+    def keys(self, x: torch.Tensor) -> torch.Tensor:
+        return rotate_keys(x)
+
+    def queries(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+        return q @ self.matrices[q.dtype]
+
+    def copy_arguments(self) -> dict[str, Any]:
+        return {**super().copy_arguments(), "ROTATE": 2.0 ** -exponents(self.head_dim)[0]}
+
+    def on(self, device: torch.device | str) -> Hadamard:
+        return Hadamard(self.head_dim, device)
+
+    def check(self, layers: int, heads: int, head_dim: int) -> None:
+        if self.head_dim != head_dim:
+            raise ValueError(f"a rotation of {self.head_dim} channels does not fit head_dim {head_dim}")
+
+
+def exponents(head_dim: int) -> tuple[int, int]:
+    """(a, b): rotated keys are divided by 2^a, rotated queries by 2^b. ``head_dim`` is a power of two."""
+    total = head_dim.bit_length() - 1
+    assert head_dim == 1 << total
+    return total - total // 2, total // 2
+
+
+def rotate_keys(x: torch.Tensor) -> torch.Tensor:
+    """x·W/2^a of fp32 ``x [..., D]``, by butterflies of channels i and i + h for h = 1, 2, 4, …, D/2."""
+    dim = x.shape[-1]
+    h = 1
+    while h < dim:
+        first, second = x.unflatten(-1, (-1, 2, h)).unbind(-2)
+        x = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        h *= 2
+    return x * 2.0 ** -exponents(dim)[0]
+
+
+def query_rotation(head_dim: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """W/2^b ``[D, D]``, exact in every float dtype."""
+    a, b = exponents(head_dim)
+    return (rotate_keys(torch.eye(head_dim)) * 2.0 ** (a - b)).to(device=device, dtype=dtype)
+
+
+def clip_edges(clip: torch.Tensor) -> torch.Tensor:
+    """Where 4-bit codes become 2-bit code 1 instead of 0, int32 in 3 .. 8, for clip factors c in (0, 1].
+
+    2-bit codes then span the middle share c of the range, so level j lies at 15·((1 − c)/2 + c·j/3) on the scale
+    of 4-bit codes, and the first two meet at 7.5 − 5c. The upper half mirrors the lower. c = 1 gives 3, the edge of
+    the equivalent right shift.
+    """
+    return torch.ceil(7.5 - 5.0 * clip.double()).to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How keys and values of one layer group become codes.
+
+    Attributes:
+        key_transform: of keys before they become codes, and of queries that read codes.
+        key_clip: clip factors fp32 ``[L, H]`` in (0, 1] (``[H]`` once a layer is picked), or None for whole ranges.
+            2-bit codes of keys span the middle share ``key_clip`` of the stored range: the step from 4 to 2 bits
+            rounds to those four levels, and readers narrow (zero, range) alike. Wider tiers and what is stored of a
+            range are untouched.
+    """
+
+    key_transform: KeyTransform = KeyTransform()
+    key_clip: torch.Tensor | None = None
+
+    @classmethod
+    def from_calibration(cls, calibration: Calibration, layers: Sequence[int], heads: slice) -> Coding:
+        """What a calibration says of some layers and KV heads."""
+        scale = calibration.key_scale(tuple(layers), heads)
+        clip = calibration.key_clip(tuple(layers), heads)
+        given = None if scale is None else torch.from_numpy(scale)
+        transform = key_transform(calibration.transform, calibration.head_dim, given)
+        return cls(transform, None if clip is None else torch.from_numpy(clip))
+
+    @classmethod
+    def default(cls, transform: str, layers: int, shape: PageShape) -> Coding:
+        """A transform that needs no data; 2-bit codes of rotated keys span what suits a normal distribution."""
+        clip = None
+        if transform == Hadamard.name:
+            clip = torch.full((layers, shape.num_kv_heads), NORMAL_CLIPS[shape.group_size])
+        return cls(key_transform(transform, shape.head_dim), clip)
+
+    def for_group(self, group: LayerGroup, shape: PageShape, device: torch.device | str) -> Coding:
+        """The same on a device, less what the group's final widths never use.
+
+        Raises:
+            ValueError: tensors that do not fit the group, a scale that is not positive, or a clip factor outside
+                (0, 1].
+        """
+        layers, heads = len(group.layers), shape.num_kv_heads
+        self.key_transform.check(layers, heads, shape.head_dim)
+        clip = self.key_clip
+        if clip is not None:
+            if tuple(clip.shape) != (layers, heads):
+                raise ValueError(f"clip factors of keys must have shape {(layers, heads)}, got {tuple(clip.shape)}")
+            if not bool(((clip > 0) & (clip <= 1)).all()):
+                raise ValueError("clip factors of keys must be above 0 and at most 1 everywhere")
+            clip = clip.to(device=device, dtype=torch.float32).contiguous() if group.k_final == 2 else None
+        transform = self.key_transform.on(device) if group.k_final < 16 else KeyTransform()
+        return Coding(transform, clip)
+
+    def on(self, device: torch.device | str) -> Coding:
+        """The same with tensors on a device."""
+        clip = None if self.key_clip is None else self.key_clip.to(device)
+        return replace(self, key_transform=self.key_transform.on(device), key_clip=clip)
+
+    def pick(self, index: Index) -> Coding:
+        """The same for some layers of the group: an index, which drops the axis of layers, or a slice."""
+        clip = None if self.key_clip is None else self.key_clip[index]
+        return replace(self, key_transform=self.key_transform.pick(index), key_clip=clip)
+
+    @cached_property
+    def _key_edges(self) -> torch.Tensor | None:
+        return None if self.key_clip is None else clip_edges(self.key_clip)
+
+    def edges(self, side: int) -> torch.Tensor | None:
+        """int32 ``[L, H]``, what the step from 4 to 2 bits compares 4-bit codes of a side with; None if not clipped."""
+        return self._key_edges if side == K else None
+
+    def transformed(self, side: int, x: torch.Tensor) -> torch.Tensor:
+        """What is coded of fp32 ``x [L, n, H, P, D]`` of a side; may overwrite ``x``."""
+        return self.key_transform.keys(x) if side == K else x
+
+    def queries(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+        """``q [..., H, M, D]`` as it reads quantized keys of a layer, in q's dtype; ``q`` itself if there is no change.
+
+        Whoever multiplies these with codes must also sum these for the zero term, else it does not cancel.
+        """
+        return self.key_transform.queries(q, layer)
+
+    def copy_arguments(self, side: int) -> dict[str, Any]:
+        """Arguments of Triton's ``copy_kernel`` for the arena whose first side is ``side``."""
+        transform = self.key_transform if side == K else KeyTransform()
+        return {**transform.copy_arguments(), "edges0": self.edges(side)}
+
+    def read_arguments(self, layer: int) -> dict[str, Any]:
+        """Arguments of Triton's decode and extend kernels, beside the transformed queries."""
+        return {"key_clip": None if self.key_clip is None else self.key_clip[layer]}
+
+
+def key_transform(name: str, head_dim: int, scale: torch.Tensor | None = None) -> KeyTransform:
+    """The transform of a name in ``KEY_TRANSFORMS``; ``scale`` as ``Scaled`` has it, for that one alone.
+
+    Raises:
+        ValueError: an unknown name, or scales that are missing or not asked for.
+    """
+    if name not in _TRANSFORMS:
+        raise ValueError(f"key transform must be one of {KEY_TRANSFORMS}, got {name!r}")
+    if (scale is not None) != (name == Scaled.name):
+        raise ValueError(f"key transform {name!r} {'without' if scale is None else 'with'} key scales")
+    return _TRANSFORMS[name](head_dim, scale)
+
+
+_TRANSFORMS: dict[str, Callable[[int, Any], KeyTransform]] = {
+    KeyTransform.name: lambda head_dim, scale: KeyTransform(),
+    Scaled.name: lambda head_dim, scale: Scaled(scale),
+    Hadamard.name: lambda head_dim, scale: Hadamard(head_dim),
+}
+assert set(_TRANSFORMS) == set(KEY_TRANSFORMS)

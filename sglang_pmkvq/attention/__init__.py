@@ -1,1 +1,0 @@
-"""Attention over mixed-precision pages as an SGLang backend."""

@@ -1,0 +1,1 @@
+"""What SGLang sees: flags, sizing, pool, allocator, attention, metrics."""

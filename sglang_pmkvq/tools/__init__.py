@@ -1,0 +1,1 @@
+"""The `pmkvq` command and what it runs beside a server."""

@@ -1,0 +1,310 @@
+"""How keys become codes and how queries meet them: ``kernels/coding.py`` against the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_pmkvq.formats import (
+    DATA_FREE_TRANSFORMS,
+    GROUP_SIZES,
+    HEAD_DIMS,
+    KEY_TRANSFORMS,
+    SIDES,
+    K,
+    LayerGroup,
+    PageShape,
+    V,
+)
+from sglang_pmkvq.kernels.coding import (
+    NORMAL_CLIPS,
+    Coding,
+    Hadamard,
+    KeyTransform,
+    Scaled,
+    clip_edges,
+    key_transform,
+    query_rotation,
+)
+from sglang_pmkvq.kernels.reference import codes as reference
+from tests.test_artifact import example
+
+L, H, P = 3, 2, 16
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def transform_of(name: str, dim: int, seed: int = 0) -> KeyTransform:
+    gen = torch.Generator().manual_seed(seed)
+    scale = torch.exp2(torch.rand(L, H, dim, generator=gen) * 4 - 2) if name == "scale" else None
+    return key_transform(name, dim, scale)
+
+
+def clips_of(layers: int = L, heads: int = H, seed: int = 0) -> torch.Tensor:
+    return 0.4 + 0.6 * torch.rand(layers, heads, generator=torch.Generator().manual_seed(seed))
+
+
+# -- keys and queries ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("name", KEY_TRANSFORMS)
+def test_transformed_keys_are_the_references_bit_for_bit(name: str, dim: int) -> None:
+    coding = Coding(transform_of(name, dim))
+    x = torch.randn(L, 5, H, P, dim, generator=torch.Generator().manual_seed(dim)) * 3
+    x[0, 0, 0, 0] *= 2.0**40
+    x[1, 2, 1, 3, 5] = torch.nan
+    want = torch.stack([reference.transformed_keys(x[i], coding.pick(i).key_transform) for i in range(L)])
+    got = coding.transformed(K, x.clone())
+    assert got.dtype == torch.float32
+    assert torch.equal(got.view(torch.int32), want.view(torch.int32))
+    assert torch.equal(got.view(torch.int32), x.view(torch.int32)) == (name == "none")
+
+
+@pytest.mark.parametrize("name", KEY_TRANSFORMS)
+def test_values_are_coded_as_they_are(name: str) -> None:
+    coding = Coding(transform_of(name, 64), clips_of())
+    x = torch.randn(L, 2, H, P, 64)
+    assert coding.transformed(V, x) is x
+    assert coding.edges(V) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("name", KEY_TRANSFORMS)
+def test_queries_meet_transformed_keys_as_plain_ones_meet_keys(name: str, dim: int, dtype: torch.dtype) -> None:
+    """T*(q)·T(k) = q·k, in every layer and for any leading axes; what has no transform gets its own queries back."""
+    coding = Coding(transform_of(name, dim))
+    gen = torch.Generator().manual_seed(dim)
+    keys = torch.randn(L, 1, H, P, dim, generator=gen)
+    q = torch.randn(3, 5, H, 4, dim, generator=gen).to(dtype)
+    coded = coding.transformed(K, keys.clone())
+    for layer in range(L):
+        low = coding.queries(q, layer)
+        assert low.dtype == dtype and low.shape == q.shape
+        assert (low is q) == (name == "none")
+        got = low.float() @ coded[layer, 0].transpose(-1, -2)
+        want = q.float() @ keys[layer, 0].transpose(-1, -2)
+        # A query is rounded to its dtype once: by half a unit in the last place of each channel.
+        unit = torch.finfo(dtype).eps
+        bound = (low.float().abs() @ coded[layer, 0].abs().transpose(-1, -2)) * (unit + 1e-6) + 1e-6
+        assert ((got - want).abs() <= bound).all()
+        assert torch.equal(coding.queries(q[0, 0], layer), low[0, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaled_queries_are_rounded_once(dtype: torch.dtype) -> None:
+    transform = transform_of("scale", 64)
+    assert isinstance(transform, Scaled)
+    q = torch.randn(7, H, 3, 64).to(dtype)
+    before = q.clone()
+    for layer in range(L):
+        want = (q.double() * transform.scale[layer].double()[:, None]).float().to(dtype)
+        assert torch.equal(transform.queries(q, layer), want)
+    assert torch.equal(q, before), "queries must stay for 16-bit pages"
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_rotated_queries_are_those_of_the_reference(dim: int) -> None:
+    q = torch.randn(3, H, 4, dim, generator=torch.Generator().manual_seed(1))
+    got = Hadamard(dim).queries(q, 0)
+    torch.testing.assert_close(got, reference.unrotated_keys(q), rtol=1e-5, atol=1e-5)
+    for dtype in DTYPES:
+        w = query_rotation(dim, dtype, torch.device("cpu"))
+        assert torch.equal(w.float(), query_rotation(dim, torch.float32, torch.device("cpu"))), "not exact"
+        assert torch.equal(w, Hadamard(dim).matrices[dtype]) and w.dtype == dtype
+
+
+@pytest.mark.parametrize("name", KEY_TRANSFORMS)
+def test_restored_keys_invert_the_reference(name: str) -> None:
+    transform = Coding(transform_of(name, 64)).pick(1).key_transform
+    x = torch.randn(H, P, 64)
+    back = reference.restored_keys(reference.transformed_keys(x, transform), transform)
+    torch.testing.assert_close(back, x, rtol=1e-5, atol=1e-6)
+
+
+# -- what kernels are told -----------------------------------------------------------------------------------
+
+
+def test_edges_are_those_of_the_clip_factors() -> None:
+    clip = clips_of()
+    edges = Coding(key_clip=clip).edges(K)
+    assert edges is not None and edges.dtype == torch.int32
+    assert torch.equal(edges, clip_edges(clip))
+    assert Coding(key_clip=clip).read_arguments(1)["key_clip"].tolist() == clip[1].tolist()
+    assert Coding().edges(K) is None and Coding().read_arguments(0) == {"key_clip": None}
+    coding = Coding(key_clip=clip)
+    assert coding.edges(K) is coding.edges(K), "made at every wave"
+
+
+@pytest.mark.parametrize("clip", [None, clips_of()])
+@pytest.mark.parametrize("name", KEY_TRANSFORMS)
+def test_arguments_of_the_copy_kernel(name: str, clip: torch.Tensor | None) -> None:
+    """Of one set of names whatever the coding; an arena of values alone has nothing of it."""
+    transform = transform_of(name, 128)
+    coding = Coding(transform, clip)
+    got = coding.copy_arguments(K)
+    assert set(got) == {"scale0", "ROTATE", "edges0"}
+    assert got["scale0"] is (transform.scale if isinstance(transform, Scaled) else None)
+    assert got["ROTATE"] == (2.0**-4 if name == "hadamard" else 0.0)  # 128 = 2^(4 + 3)
+    assert got["edges0"] is coding.edges(K)
+    assert coding.copy_arguments(V) == {"scale0": None, "ROTATE": 0.0, "edges0": None}
+
+
+# -- parts of a coding ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KEY_TRANSFORMS)
+def test_pick(name: str) -> None:
+    coding = Coding(transform_of(name, 64), clips_of())
+    one, some = coding.pick(1), coding.pick(slice(1, 3))
+    assert one.key_clip is not None and some.key_clip is not None and coding.key_clip is not None
+    assert torch.equal(one.key_clip, coding.key_clip[1]) and torch.equal(some.key_clip, coding.key_clip[1:])
+    if isinstance(coding.key_transform, Scaled):
+        assert isinstance(one.key_transform, Scaled) and isinstance(some.key_transform, Scaled)
+        assert torch.equal(one.key_transform.scale, coding.key_transform.scale[1])
+        assert torch.equal(some.key_transform.scale, coding.key_transform.scale[1:])
+    else:
+        assert one.key_transform == some.key_transform == coding.key_transform
+    assert Coding(transform_of(name, 64)).pick(0).key_clip is None
+    assert torch.equal(some.edges(K), coding.edges(K)[1:])  # type: ignore[arg-type,index]
+
+
+def test_a_picked_coding_keeps_no_edges_of_the_whole() -> None:
+    coding = Coding(key_clip=clips_of())
+    before = coding.edges(K)
+    assert before is not None
+    assert torch.equal(coding.pick(2).edges(K), before[2])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", KEY_TRANSFORMS)
+@pytest.mark.parametrize("finals", [(2, 2), (2, 16), (4, 4), (8, 2), (16, 2), (16, 16)])
+def test_a_group_keeps_what_its_widths_use(finals: tuple[int, int], name: str) -> None:
+    """Keys that stay at 16 bits are not transformed; only those that reach 2 bits are clipped."""
+    given = Coding(transform_of(name, 64), clips_of())
+    got = given.for_group(LayerGroup((4, 5, 6), *finals), PageShape(16, H, 64, 32), "cpu")
+    assert got.key_transform.name == ("none" if finals[0] == 16 else name)
+    assert (got.key_clip is not None) == (finals[0] == 2)
+    if got.key_clip is not None:
+        assert torch.equal(got.key_clip, given.key_clip) and got.key_clip.dtype == torch.float32
+    if isinstance(got.key_transform, Scaled):
+        assert torch.equal(got.key_transform.scale, given.key_transform.scale)  # type: ignore[attr-defined]
+
+
+def test_tensors_of_a_group_are_contiguous_fp32() -> None:
+    scale = torch.rand(L, 64, H, dtype=torch.float64).transpose(1, 2) + 0.5
+    clip = clips_of(H, L).double().T
+    got = Coding(Scaled(scale), clip).for_group(LayerGroup((0, 1, 2), 2, 2), PageShape(16, H, 64, 64), "cpu")
+    assert isinstance(got.key_transform, Scaled) and got.key_clip is not None
+    for tensor, want in ((got.key_transform.scale, scale), (got.key_clip, clip)):
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous() and torch.equal(tensor, want.float())
+
+
+@pytest.mark.parametrize("final", [2, 4, 8, 16])
+@pytest.mark.parametrize(
+    ("coding", "says"),
+    [
+        (Coding(Scaled(torch.ones(L, H, 128))), "key scales must have shape (3, 2, 64), got (3, 2, 128)"),
+        (Coding(Scaled(torch.ones(H, 64))), "key scales must have shape (3, 2, 64), got (2, 64)"),
+        (Coding(Scaled(torch.zeros(L, H, 64))), "key scales must be positive and finite everywhere"),
+        (Coding(Scaled(torch.full((L, H, 64), torch.inf))), "key scales must be positive and finite everywhere"),
+        (Coding(Scaled(torch.full((L, H, 64), torch.nan))), "key scales must be positive and finite everywhere"),
+        (Coding(Hadamard(128)), "a rotation of 128 channels does not fit head_dim 64"),
+        (Coding(key_clip=torch.ones(L)), "clip factors of keys must have shape (3, 2), got (3,)"),
+        (Coding(key_clip=torch.zeros(L, H)), "clip factors of keys must be above 0 and at most 1 everywhere"),
+        (Coding(key_clip=torch.full((L, H), 1.01)), "clip factors of keys must be above 0 and at most 1 everywhere"),
+        (Coding(key_clip=torch.full((L, H), torch.nan)), "clip factors of keys must be above 0 and at most 1"),
+    ],
+    ids=range(10),
+)
+def test_what_does_not_fit_a_group_is_refused(coding: Coding, says: str, final: int) -> None:
+    """Also where the group would drop it."""
+    with pytest.raises(ValueError) as error:
+        coding.for_group(LayerGroup((0, 1, 2), final, final), PageShape(16, H, 64, 64), "cpu")
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "says"),
+    [
+        ("rotation", None, f"key transform must be one of {KEY_TRANSFORMS}, got 'rotation'"),
+        ("", None, f"key transform must be one of {KEY_TRANSFORMS}, got ''"),
+        ("scale", None, "key transform 'scale' without key scales"),
+        ("none", torch.ones(L, H, 64), "key transform 'none' with key scales"),
+        ("hadamard", torch.ones(L, H, 64), "key transform 'hadamard' with key scales"),
+    ],
+)
+def test_transforms_that_are_refused(name: str, scale: torch.Tensor | None, says: str) -> None:
+    """Keys are scaled or rotated, never both."""
+    with pytest.raises(ValueError) as error:
+        key_transform(name, 64, scale)
+    assert str(error.value) == says
+
+
+def test_transforms_by_name() -> None:
+    assert key_transform("none", 64) == KeyTransform()
+    assert key_transform("hadamard", 64) == Hadamard(64) != KeyTransform()
+    scale = torch.ones(L, H, 64)
+    scaled = key_transform("scale", 64, scale)
+    assert isinstance(scaled, Scaled) and scaled.scale is scale
+    assert {transform_of(name, 64).name for name in KEY_TRANSFORMS} == set(KEY_TRANSFORMS)
+
+
+def test_a_coding_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Coding().key_clip = torch.ones(1)  # type: ignore[misc]
+
+
+# -- where codings come from ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("name", KEY_TRANSFORMS)
+def test_from_a_calibration(name: str, clipped: bool) -> None:
+    """The layers of a group, in its order, and the heads of a rank."""
+    tensors: dict[str, Any] = dict(example().tensors)
+    if name != "scale":
+        tensors.pop("key_scale")
+    if not clipped:
+        tensors.pop("key_clip")
+    calibration = example(transform=name, tensors=tensors)
+    for layers in ((0,), (1, 0), (0, 1)):
+        for heads in (slice(0, 2), slice(1, 2)):
+            coding = Coding.from_calibration(calibration, layers, heads)
+            assert coding.key_transform.name == name
+            assert (coding.key_clip is not None) == clipped
+            if coding.key_clip is not None:
+                assert np.array_equal(coding.key_clip.numpy(), tensors["key_clip"][list(layers), heads])
+            if isinstance(coding.key_transform, Scaled):
+                assert np.array_equal(coding.key_transform.scale.numpy(), tensors["key_scale"][list(layers), heads])
+            shape = PageShape(16, heads.stop - heads.start, 64, 64)
+            coding.for_group(LayerGroup(layers, 2, 2), shape, "cpu")  # fits
+    if name == "hadamard":
+        assert coding.key_transform == Hadamard(64)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("name", DATA_FREE_TRANSFORMS)
+def test_without_a_calibration(name: str, group_size: int) -> None:
+    coding = Coding.default(name, L, PageShape(16, H, 128, group_size))
+    assert coding.key_transform == (Hadamard(128) if name == "hadamard" else KeyTransform())
+    if name == "hadamard":
+        assert coding.key_clip is not None
+        assert torch.equal(coding.key_clip, torch.full((L, H), NORMAL_CLIPS[group_size]))
+    else:
+        assert coding.key_clip is None
+
+
+def test_scales_need_a_calibration() -> None:
+    with pytest.raises(ValueError, match="key transform 'scale' without key scales"):
+        Coding.default("scale", L, PageShape(16, H, 64, 64))
+    assert set(DATA_FREE_TRANSFORMS) == set(KEY_TRANSFORMS) - {"scale"}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_new_coding_does_nothing(side: int) -> None:
+    x, q = torch.randn(L, 2, H, P, 64), torch.randn(2, H, 4, 64)
+    assert Coding().transformed(side, x) is x and Coding().queries(q, 0) is q and Coding().edges(side) is None
