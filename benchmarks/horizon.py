@@ -1,6 +1,6 @@
 """The ledger over ten million random events: time per event, fragmentation, bytes moved, resident memory.
 
-    python -m benchmarks.horizon --events 10000000 --out benchmarks/results/horizon.json
+    python -m benchmarks.ledger --horizon 10000000 --out benchmarks/results/horizon.json
 
 An event is one call that changes the ledger (``extend``, ``append``, ``free``, ``finish``, ``rebind``, ``alloc``,
 ``clear``). They come from a small serving world without models: requests of up to 24 pages of prompt in chunks of
@@ -11,43 +11,35 @@ flushes. Every hundredth of the run is a block; CPU time includes the world, who
   looked at after every 16th event, before anything is compacted for the next birth;
 * bytes moved per born page: units moved by compaction / units of the superblocks born, 1 = one superblock.
 
-``--digest`` prints the SHA-256 of every answer and command instead: two runs must print the same, whatever the
-hash seed of the process or its clock.
+``--digest`` prints the SHA-256 of every answer and command instead: two runs must print the same, whatever the hash
+seed of the process or its clock.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from benchmarks.ledger import _cpu
-from benchmarks.result import versions, write
 from sglang_pmkvq.commands import CommandBatch
 from sglang_pmkvq.formats import UNITS_PER_SUPERBLOCK, PageShape, geometry_for_pages, groups_from_finals
 from sglang_pmkvq.ledger import Ledger, PolicyConfig
 
-P = 16
-PAGES = 4096
-REQUESTS = 16
-CHUNK = 8
-PROMPT = 24
-LOOSE = 2
-BLOCKS = 100
-LOOK_EVERY = 16
-OPS = ("decode", "admit", "finish", "abort", "evict", "rebind", "loose", "flush")
-WEIGHTS = (0.87, 0.04, 0.03, 0.01, 0.012, 0.02, 0.01798, 0.00002)
-EMPTY = np.empty(0, np.int64)
+P, PAGES = 16, 4096  # tokens per page, logical pages
+REQUESTS, CHUNK, PROMPT, LOOSE = 16, 8, 24, 2  # at a time; pages of a chunk, of the longest prompt, without an owner
+BLOCKS, LOOK_EVERY = 100, 16
+WEIGHTS = {
+    "decode": 0.87, "admit": 0.04, "finish": 0.03, "abort": 0.01, "evict": 0.012, "rebind": 0.02, "loose": 0.01798,
+    "flush": 0.00002,
+}  # fmt: skip
+SHARES = np.array(list(WEIGHTS.values())) / sum(WEIGHTS.values())
 
 
 @dataclass(eq=False)
@@ -60,12 +52,13 @@ class Chain:
 
 @dataclass(eq=False)
 class Running:
+    """A request: its first ``shared`` pages are those of a chain, ``pages`` are its own."""
+
     slot: int
     length: int
-    prompt: int
-    chain: Chain | None
+    chain: Chain
     shared: int
-    pages: list[int]
+    pages: list[int] = field(default_factory=list)
 
 
 class Traffic:
@@ -76,18 +69,13 @@ class Traffic:
     """
 
     def __init__(
-        self,
-        seed: int,
-        digest: bool = False,
-        groups: Sequence[tuple[int, int]] = ((8, 8), (4, 2)),
-        pages: int = PAGES,
+        self, seed: int, digest: bool = False, groups: Sequence[tuple[int, int]] = ((8, 8), (4, 2)), pages: int = PAGES
     ) -> None:
         shape = PageShape(page_size=P, num_kv_heads=1, head_dim=128, group_size=128)
-        hard = REQUESTS + CHUNK + 2 * LOOSE
-        geometry = geometry_for_pages(shape, groups_from_finals(list(groups)), pages, hard)
+        geometry = geometry_for_pages(shape, groups_from_finals(list(groups)), pages, REQUESTS + CHUNK + 2 * LOOSE)
         self.ledger = Ledger(geometry, PolicyConfig(), REQUESTS, self._free_cached)
         self._rng = np.random.default_rng(seed)
-        self._hash = hashlib.sha256() if digest else None
+        self.hash = hashlib.sha256() if digest else None
         self.events = self.born = self.retractions = self.forwards = 0
         self.clear()
 
@@ -95,9 +83,8 @@ class Traffic:
         self.running: list[Running] = []
         self.slots = list(range(REQUESTS, -1, -1))
         # In order of the last use; a chain that a running request uses stays.
-        self.chains: OrderedDict[int, Chain] = OrderedDict()
+        self.chains: OrderedDict[Chain, None] = OrderedDict()
         self.recent: list[Chain] = []
-        self.serial = 0
         self.loose: list[int] = []
         self.loose_forward = -1
 
@@ -105,10 +92,10 @@ class Traffic:
         """``events`` more, or a few beyond: a prompt of several chunks is not cut."""
         end = self.events + events
         while self.events < end:
-            ops = self._rng.choice(len(OPS), 1024, p=np.array(WEIGHTS) / sum(WEIGHTS)).tolist()
+            ops = self._rng.choice(list(WEIGHTS), 1024, p=SHARES).tolist()
             numbers = self._rng.integers(0, 1 << 20, (1024, 2)).tolist()
             for op, (a, b) in zip(ops, numbers, strict=True):
-                getattr(self, "_" + OPS[op])(a, b)
+                getattr(self, "_" + op)(a, b)
                 if self.events >= end:
                     break
 
@@ -118,9 +105,9 @@ class Traffic:
         loose = sum(a.free_units - UNITS_PER_SUPERBLOCK * a.count[-1] for a in arenas)
         return loose / sum(a.units for a in arenas)
 
-    def digest(self) -> str:
-        assert self._hash is not None
-        return self._hash.hexdigest()
+    def moved_per_born(self) -> float:
+        """Units moved per unit of a born superblock, in the arena that moved most."""
+        return max(a.moved_units for a in self.ledger.arenas) / (UNITS_PER_SUPERBLOCK * max(1, self.born))
 
     # ------------------------------------------------------------ events
 
@@ -129,16 +116,12 @@ class Traffic:
         if not rows:
             self._admit(a, b)
             return
-        need = sum(r.length % P == 0 for r in rows)
-        while not self._room(need):
-            self.retractions += 1
-            self._drop(rows[-1])
-            need = sum(r.length % P == 0 for r in rows)
+        while not self._room(sum(r.length % P == 0 for r in rows)):
+            self._retract(rows[-1])
         if not rows:
             return
-        new = self.ledger.append(
-            np.array([r.slot for r in rows], np.int64), np.array([r.length + 1 for r in rows], np.int64)
-        )
+        slots, lengths = (np.array(x, np.int64) for x in ([r.slot for r in rows], [r.length + 1 for r in rows]))
+        new = self.ledger.append(slots, lengths)
         assert new is not None
         fresh = iter(new.tolist())
         for r in rows:
@@ -152,23 +135,15 @@ class Traffic:
             self._finish(a, b)
             return
         prompt = 1 + b % (PROMPT * P)
-        chain, shared = None, 0
-        if a % 2 and self.recent:
-            chain = self.recent[a // 2 % len(self.recent)]
-            shared = min(len(chain.pages), (prompt - 1) // P)
-        if not shared:
-            chain = None
-        request = Running(self.slots.pop(), shared * P, prompt, chain, shared, [])
-        if chain is not None:
-            chain.locks += 1
+        chain = self.recent[a // 2 % len(self.recent)] if a % 2 and self.recent else Chain([])
+        prefix = chain.pages[: (prompt - 1) // P]
+        request = Running(self.slots.pop(), len(prefix) * P, chain, len(prefix))
+        chain.locks += bool(prefix)
         self.running.append(request)
-        prefix = [] if chain is None else chain.pages[:shared]
         while request.length < prompt:
             after = min(prompt, request.length + CHUNK * P)
-            need = -(-after // P) - -(-request.length // P)
-            if not self._room(need):
-                self.retractions += 1
-                self._drop(request)
+            if not self._room(-(-after // P) - -(-request.length // P)):
+                self._retract(request)
                 return
             listed = np.array(prefix + request.pages, np.int64)
             new = self.ledger.extend([request.slot], [listed], [request.length], [after])
@@ -182,14 +157,11 @@ class Traffic:
             return
         request = self.running[a % len(self.running)]
         full = request.length // P - request.shared
-        kept, tail = request.pages[:full], request.pages[full:]
         self._end(request)
-        if tail:
-            self.ledger.free(np.array(tail, np.int64))
-        if kept:
-            chain = Chain(kept)
-            self.serial += 1
-            self.chains[self.serial] = chain
+        self._free(request.pages[full:])
+        if full:
+            chain = Chain(request.pages[:full])
+            self.chains[chain] = None
             self.recent = [*self.recent[-15:], chain]
         self.events += 2
 
@@ -203,21 +175,18 @@ class Traffic:
     def _free_cached(self, pages: int) -> int:
         """Free up to ``pages`` of the longest unused chains, last pages first; how many were."""
         freed: list[int] = []
-        for key in list(self.chains)[: 2 * REQUESTS + pages]:
-            chain = self.chains[key]
+        for chain in list(self.chains)[: 2 * REQUESTS + pages]:
             if chain.locks:
-                self.chains.move_to_end(key)
+                self.chains.move_to_end(chain)
                 continue
             while chain.pages and len(freed) < pages:
                 freed.append(chain.pages.pop())
             if not chain.pages:
-                del self.chains[key]
+                del self.chains[chain]
             if len(freed) == pages:
                 break
-        if freed:
-            self.ledger.free(np.array(freed, np.int64))
-            self.events += 1
-        return len(freed)
+        self.events += bool(freed)
+        return self._free(freed)
 
     def _rebind(self, a: int, b: int) -> None:
         if self.running:
@@ -227,7 +196,7 @@ class Traffic:
 
     def _loose(self, a: int, b: int) -> None:
         if self.loose:
-            self.ledger.free(np.array(self.loose, np.int64))
+            self._free(self.loose)
             self.loose = []
         elif self.loose_forward != self.forwards and self._room(LOOSE):
             pages = self.ledger.alloc(LOOSE)
@@ -252,39 +221,53 @@ class Traffic:
         short = pages - self.ledger.free_page_count
         return short <= 0 or self._free_cached(short) >= short
 
+    def _free(self, pages: list[int]) -> int:
+        """Give them back; how many they were."""
+        if pages:
+            self.ledger.free(np.array(pages, np.int64))
+        return len(pages)
+
     def _end(self, request: Running) -> None:
         self.ledger.finish(request.slot)
         self.running.remove(request)
         self.slots.append(request.slot)
-        if request.chain is not None:
-            request.chain.locks -= 1
+        request.chain.locks -= bool(request.shared)
 
     def _drop(self, request: Running) -> None:
         self._end(request)
-        if request.pages:
-            self.ledger.free(np.array(request.pages, np.int64))
+        self._free(request.pages)
         self.events += 2
+
+    def _retract(self, request: Running) -> None:
+        self.retractions += 1
+        self._drop(request)
 
     def _forward(self, new: np.ndarray) -> None:
         self.events += 1
         self.forwards += 1
         self.born += len(new)
-        batch = self.ledger.drain()
-        if self._hash is not None:
-            self._note(new, batch)
+        self._note(new, self.ledger.drain())
 
     def _note(self, new: np.ndarray, batch: CommandBatch | None = None) -> None:
         """Put an answer and its commands into the digest."""
-        if self._hash is None:
+        if self.hash is None:
             return
-        self._hash.update(new.tobytes())
+        self.hash.update(new.tobytes())
         for number, wave in enumerate(batch.waves if batch else ()):
             for c in wave:
-                self._hash.update(bytes([number & 255, c.group, c.arena]))
+                self.hash.update(bytes([number & 255, c.group, c.arena]))
                 for part in (c.page, c.src_unit, c.dst_unit, c.src_tier, c.dst_tier):
-                    self._hash.update(part.tobytes())
+                    self.hash.update(part.tobytes())
         for t in batch.table if batch else ():
-            self._hash.update(bytes([t.group, t.arena]) + t.page.tobytes() + t.entry.tobytes())
+            self.hash.update(bytes([t.group, t.arena]) + t.page.tobytes() + t.entry.tobytes())
+
+
+def digest(events: int, seed: int) -> str:
+    """SHA-256 of every answer and command of a run; the books are checked at its end."""
+    traffic = Traffic(seed, digest=True)
+    traffic.run(events)
+    traffic.ledger.check_integrity()
+    return traffic.hash.hexdigest()
 
 
 def measure(events: int, seed: int = 0, blocks: int = BLOCKS) -> dict[str, Any]:
@@ -293,113 +276,63 @@ def measure(events: int, seed: int = 0, blocks: int = BLOCKS) -> dict[str, Any]:
     Raises:
         IntegrityError: they do not agree.
     """
-    traffic = Traffic(seed)
-    process = psutil.Process()
-    rows = []
+    traffic, process, rows = Traffic(seed), psutil.Process(), []
+    ledger = traffic.ledger
     for _ in range(blocks):
-        before = traffic.events
-        start = time.process_time()
-        worst = total = looks = 0.0
+        before, start, shares = traffic.events, time.process_time(), []
         while traffic.events - before < events // blocks:
             traffic.run(LOOK_EVERY)
-            share = traffic.fragmentation()
-            worst, total, looks = max(worst, share), total + share, looks + 1
+            shares.append(traffic.fragmentation())
         seconds = time.process_time() - start
-        traffic.ledger.check_integrity()
-        rows.append(
-            {
-                "events": traffic.events,
-                "us_per_event": round(1e6 * seconds / (traffic.events - before), 2),
-                "fragmentation_max": worst,
-                "fragmentation_mean": total / looks,
-                "moved_per_born": _moved(traffic),
-                "rss_mib": round(process.memory_info().rss / 2**20, 1),
-                "queued_keys": sum(len(q) for g in traffic.ledger.groups for qs in g.queues for q in qs),
-            }
-        )
+        ledger.check_integrity()
+        rows.append({
+            "events": traffic.events,
+            "us_per_event": round(1e6 * seconds / (traffic.events - before), 2),
+            "fragmentation_max": max(shares),
+            "fragmentation_mean": sum(shares) / len(shares),
+            "moved_per_born": traffic.moved_per_born(),
+            "rss_mib": round(process.memory_info().rss / 2**20, 1),
+        })  # fmt: skip
+    times, tenth = [row["us_per_event"] for row in rows], max(1, blocks // 10)
     return {
         "events": traffic.events,
         "seed": seed,
         "pages": PAGES,
         "requests": REQUESTS,
-        "groups": [g.name() for g in traffic.ledger.geometry.groups],
+        "groups": [g.name() for g in ledger.geometry.groups],
         "born": traffic.born,
         "retractions": traffic.retractions,
-        "shrinks": sum(sum(map(sum, g.shrinks)) for g in traffic.ledger.groups),
-        "moves": sum(a.moves for a in traffic.ledger.arenas),
-        "moved_per_born": _moved(traffic),
+        "shrinks": sum(sum(map(sum, g.shrinks)) for g in ledger.groups),
+        "moves": sum(a.moves for a in ledger.arenas),
+        "moved_per_born": traffic.moved_per_born(),
         "fragmentation_end": traffic.fragmentation(),
         "fragmentation_max": max(r["fragmentation_max"] for r in rows),
         "fragmentation_mean": sum(r["fragmentation_mean"] for r in rows) / len(rows),
-        "us_first_tenth": _tenth(rows, 0),
-        "us_last_tenth": _tenth(rows, 9),
-        "ticks": traffic.ledger.tick,
+        "us_first_tenth": float(np.median(times[:tenth])),
+        "us_last_tenth": float(np.median(times[-tenth:])),
+        "ticks": ledger.tick,
         "blocks": rows,
     }
 
 
-def _moved(traffic: Traffic) -> float:
-    """Units moved per unit of a born superblock, in the arena that moved most."""
-    return max(a.moved_units for a in traffic.ledger.arenas) / (UNITS_PER_SUPERBLOCK * max(1, traffic.born))
-
-
-def _tenth(rows: Sequence[dict[str, Any]], index: int) -> float:
-    """Median time per event over a tenth of the blocks."""
-    size = max(1, len(rows) // 10)
-    part = rows[index * size : (index + 1) * size] or rows[-size:]
-    return float(np.median([r["us_per_event"] for r in part]))
-
-
 def draw(result: dict[str, Any], path: Path) -> None:
     """Three panels over events: time, fragmentation, moved."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = result["blocks"]
-    x = [r["events"] / 1e6 for r in rows]
-    figure, axes = plt.subplots(3, 1, figsize=(8, 7), sharex=True, layout="constrained")
-    axes[0].plot(x, [r["us_per_event"] for r in rows])
-    axes[0].set_ylabel("CPU µs per event")
-    axes[1].plot(x, [100 * r["fragmentation_max"] for r in rows], label="highest")
-    axes[1].plot(x, [100 * r["fragmentation_mean"] for r in rows], label="mean")
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    panels = (
+        ("CPU µs per event", 1, ("us_per_event",)),
+        ("fragmentation, % of arena", 100, ("fragmentation_max", "fragmentation_mean")),
+        ("superblocks moved per born page", 1, ("moved_per_born",)),
+    )
+    million = [r["events"] / 1e6 for r in result["blocks"]]
     axes[1].axhline(5, color="black", linewidth=0.6)
-    axes[1].set_ylabel("fragmentation, % of arena")
-    axes[1].legend()
-    axes[2].plot(x, [r["moved_per_born"] for r in rows])
-    axes[2].set_ylabel("superblocks moved per born page")
-    axes[2].set_xlabel("million events")
-    for axis in axes:
+    for axis, (label, factor, names) in zip(axes, panels, strict=True):
+        for name in names:
+            axis.plot(million, [factor * r[name] for r in result["blocks"]])
+        axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
+    axes[1].legend(["5 %", "highest", "mean"])
+    axes[2].set_xlabel("million events")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=10_000_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--digest", action="store_true", help="print the SHA-256 of all commands, measure nothing")
-    parser.add_argument("--out", type=Path, help="result file; the plot goes beside it as .png")
-    options = parser.parse_args(argv)
-    if options.digest:
-        traffic = Traffic(options.seed, digest=True)
-        traffic.run(options.events)
-        print(traffic.digest())
-        return 0
-    result = {
-        "command": " ".join(["python -m benchmarks.horizon", *(argv or sys.argv[1:])]),
-        "versions": versions(),
-        "cpu": _cpu(),
-        **measure(options.events, options.seed),
-    }
-    print(json.dumps({k: v for k, v in result.items() if k != "blocks"}, indent=1))
-    write(result, options.out)
-    if options.out:
-        draw(result, options.out.with_suffix(".png"))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

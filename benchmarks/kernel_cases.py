@@ -1,4 +1,4 @@
-"""Pools, checks and baselines of ``benchmarks/kernels.py``. Everything here works on any device."""
+"""Pools, checks and baselines of the table of kernel speeds. Everything here works on any device."""
 
 from __future__ import annotations
 
@@ -8,15 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sglang_pmkvq.formats import (
-    SIDES,
-    STEP_BITS,
-    UNITS_PER_SUPERBLOCK,
-    LayerGroup,
-    PageShape,
-    page_bytes,
-    tier_units,
-)
+from benchmarks.gpu.cells import CheckFailed
+from sglang_pmkvq.formats import SIDES, STEP_BITS, UNITS_PER_SUPERBLOCK, LayerGroup, PageShape, page_bytes, tier_units
 from sglang_pmkvq.kernels.attention import PageSource
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.torch_kernels import TorchKernels
@@ -47,10 +40,6 @@ MIXES: dict[str, Mix] = {
     "k4v2": Mix((4, 2), (0.03, 0.17, 0.3, 0.5)),
 }
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-class CheckFailed(RuntimeError):
-    """A result that does not agree with its reference: no time is printed for it."""
 
 
 @dataclass(frozen=True)
@@ -145,84 +134,57 @@ def plan_bytes(case: Case) -> int:
     return pages * 4 * (1 + 2 + 2 + 2 + 2 * (arenas - 1))
 
 
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.float() - want.float()).norm() / want.float().norm())
-
-
 def check(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float) -> float:
     """The relative error, if it is within the tolerance (NaN never is)."""
-    error = relative_error(got, want)
+    error = float((got.float() - want.float()).norm() / want.float().norm())
     if not error < tolerance:
         raise CheckFailed(f"{name}: relative error {error:.3g}, at most {tolerance:.3g} allowed")
-    return error
+    return float(f"{error:.2g}")
 
 
-def sample_requests(batch: int) -> list[int]:
-    """Requests that the fp32 check looks at: the first and the last."""
-    return sorted({0, batch - 1})
-
-
-def check_decode(case: Case, q: torch.Tensor, out: torch.Tensor, layer: int, scale: float) -> float:
-    """Decode against fp32 torch on the same pages, for some of the requests."""
-    error = 0.0
-    for r in sample_requests(q.shape[0]):
-        wrapper = TorchKernels().decode(use_stock=False)
-        wrapper.plan(case.storage, case.req_pages[r : r + 1], case.kv_lens[r : r + 1])
-        want = wrapper.run(q[r : r + 1].float(), layer, scale)
-        assert isinstance(want, torch.Tensor)
-        error = max(error, check("decode", out[r : r + 1], want, TOLERANCE[q.dtype]))
-    return error
-
-
-def check_extend(case: Case, q: torch.Tensor, out: torch.Tensor, layer: int, scale: float, chunk: int) -> float:
-    """Extend against fp32 torch, for the last queries of some of the requests."""
-    error = 0.0
-    few = min(chunk, 16)
-    for r in sample_requests(case.req_pages.shape[0]):
+def check_fp32(
+    part: str, case: Case, q: torch.Tensor, out: torch.Tensor, layer: int, scale: float, chunk: int
+) -> float:
+    """Attention against fp32 torch on the same pages: the last queries of the first and of the last request."""
+    error, few = 0.0, min(chunk, 16)
+    for r in sorted({0, case.req_pages.shape[0] - 1}):
         wrapper = TorchKernels().extend(use_stock=False)
         tokens = int(case.kv_lens[r])
         wrapper.plan(case.storage, case.req_pages[r : r + 1], [tokens - few], [tokens])
         rows = slice((r + 1) * chunk - few, (r + 1) * chunk)
         want = wrapper.run(q[rows].float(), layer, scale)
         assert isinstance(want, torch.Tensor)
-        error = max(error, check("extend", out[rows], want, TOLERANCE[q.dtype]))
+        error = max(error, check(part, out[rows], want, TOLERANCE[q.dtype]))
     return error
 
 
-def flashinfer_decode(case: Case, q: torch.Tensor, scale: float) -> Callable[[int], torch.Tensor]:
-    """FlashInfer's paged decode over the case's own 16-bit pages (it must hold no others); run(layer)."""
+def check_same_bytes(name: str, a: Case, b: Case) -> None:
+    """Pages and their (zero, range) in two pools are the same, bit for bit."""
+    for x, y in zip((*a.storage.arenas, *a.storage.meta), (*b.storage.arenas, *b.storage.meta), strict=True):
+        if x is not None and y is not None and not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+            raise CheckFailed(f"{name}: bytes differ from torch's")
+
+
+def flashinfer_attention(
+    part: str, case: Case, q: torch.Tensor, scale: float, chunk: int
+) -> Callable[[int], torch.Tensor]:
+    """FlashInfer's paged decode, or its paged causal prefill."""
     import flashinfer
 
-    s, batch = case.storage.shape, q.shape[0]
+    s = case.storage.shape
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
     superblocks = case.storage.table[0][case.req_pages.long()] >> STEP_BITS + 3
-    pages = superblocks.shape[1]
-    indptr = torch.arange(batch + 1, dtype=torch.int32) * pages
+    indptr = torch.arange(len(superblocks) + 1, dtype=torch.int32)
     last = ((case.kv_lens - 1) % s.page_size + 1).int().cpu()
-    wrapper.plan(
-        indptr, superblocks.flatten().int().contiguous(), last, q.shape[1], s.num_kv_heads, s.head_dim, s.page_size,
-        q_data_type=q.dtype, kv_data_type=q.dtype, sm_scale=scale,
-    )  # fmt: skip
-    caches = [tuple(case.storage.pages16(side, i) for side in SIDES) for i in range(case.storage.num_layers)]
-    return lambda layer: wrapper.run(q, caches[layer])
-
-
-def flashinfer_extend(case: Case, q: torch.Tensor, scale: float, chunk: int) -> Callable[[int], torch.Tensor]:
-    """FlashInfer's paged causal prefill over the case's own 16-bit pages; run(layer)."""
-    import flashinfer
-
-    s, batch = case.storage.shape, case.req_pages.shape[0]
-    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-    superblocks = case.storage.table[0][case.req_pages.long()] >> STEP_BITS + 3
-    indptr = torch.arange(batch + 1, dtype=torch.int32)
-    last = ((case.kv_lens - 1) % s.page_size + 1).int().cpu()
-    wrapper.plan(
-        indptr * chunk, indptr * superblocks.shape[1], superblocks.flatten().int().contiguous(), last,
-        q.shape[1], s.num_kv_heads, s.head_dim, s.page_size, causal=True, sm_scale=scale,
-        q_data_type=q.dtype, kv_data_type=q.dtype,
-    )  # fmt: skip
+    pages = (indptr * superblocks.shape[1], superblocks.flatten().int().contiguous(), last)
+    heads = (q.shape[1], s.num_kv_heads, s.head_dim, s.page_size)
+    more = {"q_data_type": q.dtype, "kv_data_type": q.dtype, "sm_scale": scale}
+    if part == "decode":
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+        wrapper.plan(*pages, *heads, **more)
+    else:
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+        wrapper.plan(indptr * chunk, *pages, *heads, causal=True, **more)
     caches = [tuple(case.storage.pages16(side, i) for side in SIDES) for i in range(case.storage.num_layers)]
     return lambda layer: wrapper.run(q, caches[layer])
 
@@ -239,44 +201,44 @@ def token_rows(case: Case) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]
     return slots.flatten(1)[:, : int(case.kv_lens[0])].long(), buffers
 
 
-def sglang_extend(case: Case, q: torch.Tensor, scale: float, chunk: int) -> Callable[[int], torch.Tensor]:
-    """SGLang's Triton extend: prefix from the case's own 16-bit pages, the chunk from rows of its own; run(layer)."""
+def sglang_attention(part: str, case: Case, q: torch.Tensor, scale: float, chunk: int) -> Callable[[int], torch.Tensor]:
+    """SGLang's Triton decode with its default number of splits, or its extend, whose chunk has rows of its own."""
+    from sglang.srt.layers.attention.triton_ops.decode_attention import decode_attention_fwd
     from sglang.srt.layers.attention.triton_ops.extend_attention import extend_attention_fwd
 
     rows, buffers = token_rows(case)
-    batch, prefix = rows.shape[0], rows.shape[1] - chunk
-    indptr = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    batch, tokens = rows.shape
+    prefix = tokens - chunk if part == "extend" else tokens
     indices = rows[:, :prefix].flatten().contiguous()
-    new = rows[:, prefix:].flatten()
-    chunks = [tuple(side[new] for side in layer) for layer in buffers]
+    requests = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    indptr, q_indptr = requests * prefix, requests * chunk
     out = torch.empty_like(q)
+    if part == "decode":
+        splits = 8
+        shape = (batch, q.shape[1], splits, case.storage.shape.head_dim)
+        logits, lse = (torch.empty(shape[:n], dtype=torch.float32, device=q.device) for n in (4, 3))
+        counts = torch.full((batch,), splits, dtype=torch.int32, device=q.device)
 
-    def run(layer: int) -> torch.Tensor:
-        extend_attention_fwd(
-            q, *chunks[layer], out, *buffers[layer], indptr * chunk, indptr * prefix, indices, None, True, None, chunk,
-            1.0, 1.0, sm_scale=scale,
-        )  # fmt: skip
-        return out
+        def run(layer: int) -> torch.Tensor:
+            k, v = buffers[layer]
+            decode_attention_fwd(
+                q, k, v, out, indptr, indices, logits, lse, counts, splits, scale, k_scale=1.0, v_scale=1.0
+            )
+            return out
+    else:
+        new = rows[:, prefix:].flatten()
+        chunks = [tuple(side[new] for side in layer) for layer in buffers]
+
+        def run(layer: int) -> torch.Tensor:
+            k, v = chunks[layer]
+            extend_attention_fwd(
+                q, k, v, out, *buffers[layer], q_indptr, indptr, indices, None, True, None, chunk, 1.0, 1.0,
+                sm_scale=scale,
+            )  # fmt: skip
+            return out
 
     return run
 
 
-def sglang_decode(case: Case, q: torch.Tensor, scale: float) -> Callable[[int], torch.Tensor]:
-    """SGLang's Triton decode over the case's own 16-bit pages, with its default number of splits; run(layer)."""
-    from sglang.srt.layers.attention.triton_ops.decode_attention import decode_attention_fwd
-
-    s, batch, splits = case.storage.shape, q.shape[0], 8
-    slots, rows = token_rows(case)
-    indices = slots.flatten().contiguous()
-    indptr = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * slots.shape[1]
-    out = torch.empty_like(q)
-    logits = torch.empty(batch, q.shape[1], splits, s.head_dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(batch, q.shape[1], splits, dtype=torch.float32, device=q.device)
-    counts = torch.full((batch,), splits, dtype=torch.int32, device=q.device)
-    def run(layer: int) -> torch.Tensor:
-        decode_attention_fwd(
-            q, *rows[layer], out, indptr, indices, logits, lse, counts, splits, scale, k_scale=1.0, v_scale=1.0
-        )
-        return out
-
-    return run
+# Both read the 16-bit pages of a case that holds no others, with `chunk` queries per request, and give run(layer).
+BASELINES = {"flashinfer": flashinfer_attention, "sglang_triton": sglang_attention}

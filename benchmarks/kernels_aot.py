@@ -1,19 +1,13 @@
 """Ahead-of-time compilation of the Triton kernels for GPUs that are not there: what ptxas says about each.
 
-    python -m benchmarks.kernels_aot                remakes benchmarks/results/kernels_aot.json
-    python -m benchmarks.kernels_aot --only TEXT    the configurations whose name contains TEXT, others kept
-    python -m benchmarks.kernels_aot --sample       those that the normal test suite compiles, others kept
-
 Launches are built by the same code that runs them, on small CPU tensors, and compiled instead of run.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from sglang_pmkvq.formats import LayerGroup, PageShape
 from sglang_pmkvq.kernels.attention import PageSource
@@ -39,6 +37,8 @@ RESULTS = Path(__file__).parent / "results" / "kernels_aot.json"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FINALS = ((16, 16), (8, 8), (4, 4), (2, 2), (4, 2))
+# Kernels that need one configuration only.
+SMALL = ("merge", "store", "count", "scatter", "schedule", "ranges", "table")
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ def configs() -> Iterator[Config]:
         yield Config("copy", arch)
         yield Config("copy", arch, "fp16", finals=(8, 8))
         yield Config("copy", arch, group_size=32, transform="scale")
-        for kernel in ("merge", "store", "count", "scatter", "schedule", "ranges", "table"):
-            yield Config(kernel, arch)
+        yield from (Config(kernel, arch) for kernel in SMALL)
 
 
 def sample() -> Iterator[Config]:
@@ -111,8 +110,7 @@ def sample() -> Iterator[Config]:
         yield Config("decode", arch, "fp16", finals=(4, 4))
         yield Config("decode", arch, head_dim=256, finals=(8, 8))
         yield Config("extend", arch, finals=(16, 16))
-        for kernel in ("merge", "store", "count", "scatter", "schedule", "ranges", "table"):
-            yield Config(kernel, arch)
+        yield from (Config(kernel, arch) for kernel in SMALL)
         yield Config("copy", arch, finals=(2, 2))
         yield Config("copy", arch, finals=(2, 2), transform="scale", clip=True)
         yield Config("copy", arch, finals=(2, 2), transform="hadamard")
@@ -160,10 +158,6 @@ def launches(config: Config) -> dict[str, Launch]:
 @cache
 def binder(kernel: Any, arch: int) -> Callable[..., tuple[Any, list[tuple[str, Any]], Any]]:
     """Triton's own function that says of arguments what a kernel is compiled anew for."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import JITFunction, create_function_from_signature
-
     if not isinstance(kernel, JITFunction):  # the interpreter's stand-in, which specializes nothing
         kept = ("do_not_specialize", "do_not_specialize_on_alignment")
         kernel = JITFunction(kernel.fn, **{name: kernel.kwargs[name] for name in kept})
@@ -181,57 +175,34 @@ def specialization(launch: Launch, arch: int = 90) -> tuple[tuple[str, Any], ...
 
 def compile_launch(launch: Launch, arch: int) -> Any:
     """Triton's compiled kernel for an architecture, specialized as a run of the launch would be."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-
     assert not interpreted(), "TRITON_INTERPRET is set: nothing would be compiled"
     target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    for i, (name, (kind, extra)) in enumerate(
-        zip(launch.kernel.arg_names, specialization(launch, arch), strict=True)
-    ):
-        signature[name] = kind
-        if kind == "constexpr":
-            constants[(i,)] = launch.args[name]
-        elif isinstance(extra, str):
-            attributes[(i,)] = backend.parse_attr(extra)
+    parse = make_backend(target).parse_attr
+    names, kinds = launch.kernel.arg_names, specialization(launch, arch)
+    signature = {name: kind for name, (kind, _) in zip(names, kinds, strict=True)}
+    constants = {(i,): launch.args[names[i]] for i, (kind, _) in enumerate(kinds) if kind == "constexpr"}
+    attributes = {(i,): parse(x) for i, (kind, x) in enumerate(kinds) if kind != "constexpr" and isinstance(x, str)}
     source = ASTSource(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=launch.options)
 
 
 def tool(name: str, *arguments: str) -> str:
     """Output of a CUDA binary tool that Triton ships."""
-    import triton
-
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
 
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
-
-
 LAYOUT = re.compile(r"^#(\w+) = #ttg\.blocked<\{sizePerThread = \[(?:\d+, )*(\d+)\]", re.M)
 CODE_LOAD = re.compile(r"(?:tt\.load|ttg\.async_copy_global_to_local) .*tensor<[\dx]+x!tt\.ptr<i8>, #(\w+)>")
-
-
-def code_loads(ttgir: str) -> list[int]:
-    """Bytes that a thread gets at once from each load of packed codes: only they are bytes.
-
-    Triton gives a thread as many neighbours as it can prove to be contiguous and aligned, up to 16 bytes.
-    """
-    width = {name: int(last) for name, last in LAYOUT.findall(ttgir)}
-    return [width[name] for name in CODE_LOAD.findall(ttgir)]
 
 
 def describe(compiled: Any) -> dict[str, int]:
     """Registers, shared memory, spilled bytes and instruction counts of a compiled kernel.
 
     ``loads16`` and ``async16`` are instructions that load 16 bytes per thread; ``code_loads`` are the loads of packed
-    codes in the program, ``code_loads16`` those that give a thread 16 bytes at once, ``code_bytes`` the fewest.
+    codes in the program (only they are bytes), ``code_loads16`` those that give a thread 16 bytes at once,
+    ``code_bytes`` the fewest: Triton gives a thread as many neighbours as it can prove to be contiguous and aligned.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -241,22 +212,22 @@ def describe(compiled: Any) -> dict[str, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     ops = Counter(INSTRUCTION.findall(sass))
+    width = {name: int(last) for name, last in LAYOUT.findall(compiled.asm["ttgir"])}
+    codes = [width[name] for name in CODE_LOAD.findall(compiled.asm["ttgir"])]
 
-    def count(*prefixes: str) -> int:
-        return sum(n for op, n in ops.items() if op.split(".")[0] in prefixes)
+    def count(*names: str, wide: bool = False) -> int:
+        return sum(n for op, n in ops.items() if op.split(".")[0] in names and (not wide or ".128" in op))
 
-    wide = ("LDG", "LDGSTS")
-    codes = code_loads(compiled.asm["ttgir"])
     return {
         "registers": int(found.group(1)),
         "stack": int(found.group(2)),
         "spills": count("LDL", "STL"),
         "shared": int(compiled.metadata.shared),
-        "instructions": sum(n for op, n in ops.items() if op.split(".")[0] != "NOP"),
+        "instructions": ops.total() - count("NOP"),
         "mma": count("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA"),
-        "loads16": sum(n for op, n in ops.items() if op.split(".")[0] in wide and ".128" in op),
-        "async16": sum(n for op, n in ops.items() if op.split(".")[0] == "LDGSTS" and ".128" in op),
-        "loads": count(*wide),
+        "loads16": count("LDG", "LDGSTS", wide=True),
+        "async16": count("LDGSTS", wide=True),
+        "loads": count("LDG", "LDGSTS"),
         "code_loads": len(codes),
         "code_loads16": codes.count(16),
         "code_bytes": min(codes, default=0),
@@ -268,28 +239,16 @@ def measure(config: Config) -> dict[str, int]:
     return describe(compile_launch(launches(config)[config.kernel], config.arch))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="configurations whose name contains this")
-    parser.add_argument("--sample", action="store_true", help="those that the normal test suite compiles")
-    arguments = parser.parse_args()
-    some = arguments.only or arguments.sample
-    chosen = {c.name for c in (sample() if arguments.sample else configs()) if arguments.only in c.name}
-    old = json.loads(RESULTS.read_text())["kernels"] if some and RESULTS.exists() else {}
-    table: dict[str, dict[str, int]] = {}
+def remake(only: str = "", only_sample: bool = False) -> int:
+    """Compile the configurations whose name contains `only` and write the table; of the others old rows are kept."""
+    chosen = {c.name for c in (sample() if only_sample else configs()) if only in c.name}
+    table = json.loads(RESULTS.read_text())["kernels"] if (only or only_sample) and RESULTS.exists() else {}
     for config in configs():
         if config.name in chosen:
             table[config.name] = measure(config)
             print(config.name, *(f"{k}={v}" for k, v in table[config.name].items()), flush=True)
-        elif config.name in old:
-            table[config.name] = old[config.name]
-    import triton
-
-    head = {"command": "python -m benchmarks.kernels_aot", "triton": triton.__version__}
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
+    head = {"command": "python -m benchmarks.kernels --aot", "triton": triton.__version__}
+    rows = {config.name: table[config.name] for config in configs() if config.name in table}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
     RESULTS.write_text(f'{{{json.dumps(head)[1:-1]}, "kernels": {{\n{lines}\n}}}}\n')
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

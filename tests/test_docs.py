@@ -12,7 +12,8 @@ from benchmarks import calibration_rows, report, serve, summary
 from tests.test_server_modes import MATRIX, SAMPLE
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "benchmarks" / "reasoner" / "README.md"])
+READMES = (ROOT / "README.md", ROOT / "benchmarks/reasoner/README.md", ROOT / "scripts/offline_kit/README.md")
+DOCS = sorted([*ROOT.glob("docs/**/*.md"), *READMES])
 
 
 def test_results_page_is_made_from_the_result_files() -> None:
@@ -88,7 +89,8 @@ def test_what_the_support_matrix_calls_tested_is_a_case() -> None:
 def test_files_and_tests_that_documents_name_exist(path: Path) -> None:
     text = path.read_text()
     assert not re.search(r"\b(TODO|TBD|FIGURES|TRAINING)\b|<!-- (draft|results)", text)
-    for name in re.findall(r"`((?:tests|benchmarks|docs|kernels|patches|calib|sglang_pmkvq)/[\w./-]+)`", text):
+    folders = "tests|benchmarks|docs|scripts|examples|kernels|patches|calib|sglang_pmkvq"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(test_\w+)`", text):
         assert any(f"def {name}(" in file.read_text() for file in (ROOT / "tests").glob("*.py")), name

@@ -15,17 +15,32 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import kernels
-from benchmarks.gpu import smoke, step_profile, suite, throughput
-from benchmarks.gpu.cells import MODELS, Cell, CheckFailed, Clock, Context, TimeUp, open_results, run_cells
+from benchmarks import kernel_table, kernels
+from benchmarks.gpu import __main__ as suite
+from benchmarks.gpu import step_profile, throughput
+from benchmarks.gpu.cells import (
+    GIB,
+    MODELS,
+    SYSTEMS,
+    Cell,
+    CheckFailed,
+    Clock,
+    Context,
+    TimeUp,
+    open_results,
+    run_cells,
+    server_args,
+)
 from benchmarks.kernel_cases import MIXES
-from benchmarks.methods import Method, bytes_per_token
+from benchmarks.methods import bytes_per_token
+from benchmarks.result import Key, Results
+from sglang_pmkvq.tools import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def context(tmp_path: Path, limit_s: float = 60.0, only: str | None = None) -> Context:
-    options = argparse.Namespace(only=only, seconds=1.0, rounds=1, seed=0, repeats=1)
+    options = argparse.Namespace(only=only, seconds=1.0, rounds=1)
     return Context(tmp_path, True, options, Clock(limit_s))
 
 
@@ -89,7 +104,7 @@ def test_cells_are_resumed_failures_and_cuts_measured_again(tmp_path: Path) -> N
         Cell({"c": "x"}, good, 0),
     ]
     this = context(tmp_path)
-    results = open_results(this, "part", {})  # imports SGLang for its version
+    results = open_results(this, "part")  # imports SGLang for its version
     this.clock = Clock(2.0)
     assert run_cells(this, results, cells) is False
     assert ran == ["good", "bad", "slow"]
@@ -99,7 +114,7 @@ def test_cells_are_resumed_failures_and_cuts_measured_again(tmp_path: Path) -> N
     assert "by the part's limit" in rows["slow"]["cut_off"] and rows["slow"]["partial"] == 3
     ran.clear()
     this = context(tmp_path, 60.0)
-    results = open_results(this, "part", {})
+    results = open_results(this, "part")
     assert run_cells(this, results, [Cell({"c": "slow"}, good, 0), *cells[:2], cells[3]]) is True
     assert ran == ["good", "bad", "good"]
     assert sum("failed" in row for row in results.rows) == 1
@@ -109,7 +124,7 @@ def test_a_cell_that_cannot_end_is_not_begun_but_the_first_always_is(tmp_path: P
     ran: list[int] = []
     this = context(tmp_path, 5.0)
     cells = [Cell({"c": i}, lambda values, i=i: ran.append(i), 1000.0) for i in range(2)]
-    assert run_cells(this, open_results(this, "part", {}), cells) is False
+    assert run_cells(this, open_results(this, "part"), cells) is False
     assert ran == [0]
 
 
@@ -117,7 +132,7 @@ def test_only_chooses_cells(tmp_path: Path) -> None:
     ran: list[str] = []
     this = context(tmp_path, only="age-4")
     cells = [Cell({"system": s}, lambda values, s=s: ran.append(s)) for s in ("stock", "age-4", "age-2")]
-    assert run_cells(this, open_results(this, "part", {}), cells) is True
+    assert run_cells(this, open_results(this, "part"), cells) is True
     assert ran == ["age-4"]
 
 
@@ -133,27 +148,48 @@ def test_a_limit_that_leaves_no_time_is_refused(tmp_path: Path, capsys: pytest.C
     assert "--limit-s 10: expected more than" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["kernels", "ledger", "gpu"])
+def test_it_is_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["bench", name, "--help"])
+    assert "--out" in capsys.readouterr().out
+
+
 def test_no_part_takes_more_than_nine_minutes_by_itself() -> None:
     assert suite.LIMIT_S <= 9 * 60
 
 
-def test_kernel_table_keeps_whole_cells(tmp_path: Path) -> None:
-    head = {"gpu": "g", "torch": "t", "triton": "t", "commit": "c", "dtype": "bfloat16"}
-    names, cell = list(MIXES), {"part": "decode", "batch": 1, "tokens": 4096, "gqa": 4, "kv_heads": 8}
-    table = kernels.Table(tmp_path / "k.json", head)
-    for name in names:
-        table.add(mix=name, p50_us=1.0, **cell)
-    table.add(mix=names[0], p50_us=1.0, **{**cell, "batch": 8})  # cut off
-    for name in names:
-        table.add(mix=name, **{"failed": "x"} if name == names[1] else {}, **{**cell, "batch": 32})
-    table.add(part="plan", mix=names[-1], batch=1, tokens=4096, p50_us=1.0)
-    again = kernels.Table(tmp_path / "k.json", head)
-    again.resume(names[-1])
-    assert [row["mix"] for row in again.rows] == names
-    assert again.has(cell) and not again.has({**cell, "batch": 8}) and not again.has({**cell, "batch": 32})
-    other = kernels.Table(tmp_path / "k.json", {**head, "commit": "another"})
-    other.resume(names[-1])
-    assert other.rows == []
+def test_kernel_table_keeps_whole_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell of which a row is missing or failed is made anew as a whole; so is all that other code has made."""
+    made: list[Key] = []
+
+    def row(bench: kernel_table.Bench, key: Key, body: object) -> None:
+        made.append(key)
+
+    monkeypatch.setattr(kernel_table.Bench, "row", row)
+    cells = [{"batch": batch, "tokens": 64, "gqa": 4, "kv_heads": 1} for batch in (1, 8, 32)]
+    names = list(MIXES)
+
+    def results(commit: str | None = None) -> Results:
+        out = Results(tmp_path / "k.json", "kernels", {}, [])
+        out.commit = commit or out.commit
+        kernel_table.keep_good_rows(out)
+        return out
+
+    first = results()
+    for i, cell in enumerate(cells):
+        first.add({"part": "decode", "baseline": "sglang_triton", **cell}, p50_us=1.0)
+        for name in names[: 1 if i == 1 else None]:  # the second one was cut off
+            failed = {"failed": "x"} if (i, name) == (2, names[1]) else {}
+            first.add({"part": "decode", "mix": name, **cell}, p50_us=1.0, **failed)
+    again = results()
+    bench = kernel_table.Bench(again, None, torch.bfloat16)
+    for cell in cells:
+        bench.attention("decode", cell)
+    whole = [{"mix": names[0]}, {"baseline": "sglang_triton"}, *({"mix": name} for name in names[1:])]
+    assert made == [{"part": "decode", **key, **cell} for cell in cells[1:] for key in whole]
+    assert {row["key"]["batch"] for row in again.rows} == {1}
+    assert results("another").rows == []
 
 
 # -- logs ----------------------------------------------------------------------------------------------------
@@ -186,7 +222,7 @@ def test_figures_of_the_log_are_weighted_by_time() -> None:
 
 def test_table_compares_with_stock_of_the_same_round() -> None:
     def row(system: str, tok_s: float, round_: int = 0) -> dict[str, Any]:
-        key = {"model": "m", "kv_bytes": throughput.GIB, "system": system, "round": round_, "workloads": "w"}
+        key = {"model": "m", "kv_bytes": GIB, "system": system, "round": round_, "workloads": "w"}
         figures = throughput.log_figures([throughput.DecodeLine(10, 100, 16.0, tok_s, 1)], 1000)
         return {
             "key": key,
@@ -229,18 +265,19 @@ def test_shares_of_a_step() -> None:
     assert got["share"]["host"] == 0.1 and got["longest"][0]["name"] == "nvjet_tst_128x64"
 
 
-def test_operators_count_with_their_own_time_only() -> None:
+def test_operators_count_with_those_that_they_call() -> None:
     trace = {
         "traceEvents": [
             event("aten::linear", 0, 100, "cpu_op"),
             event("aten::addmm", 10, 60, "cpu_op"),
             event("aten::copy_", 20, 10, "cpu_op"),
             event("aten::argmax", 150, 50, "cpu_op"),
+            event("aten::copy_", 90, 20, "cpu_op", tid=1),  # beside the product, on another thread
         ]
     }
     got = step_profile.shares(trace, steps=1)
     assert got["of"] == "operators"
-    assert got["ms_per_step"] == {"matrix products": 0.09, "host": 0.05, "sampling": 0.05, "copies": 0.01}
+    assert got["ms_per_step"] == {"matrix products": 0.1, "sampling": 0.05, "host": 0.04, "copies": 0.02}
     with pytest.raises(CheckFailed, match="no kernels and no operators"):
         step_profile.shares({"traceEvents": []}, 1)
 
@@ -292,10 +329,9 @@ def test_plans_name_models_and_systems_and_begin_with_the_goal() -> None:
     for plan in (*throughput.PLANS, *throughput.DRY_PLANS):
         assert (MODELS / plan.model / "config.json").exists()
         assert plan.systems[0] == "stock"
-        for name in plan.systems:
-            Method.parse(throughput.SYSTEMS[name].method)
+        assert set(plan.systems) <= set(SYSTEMS)
     first = throughput.PLANS[0]
-    assert (first.kv_bytes, str(first.workloads[0])) == (8 * throughput.GIB, "512 in, 8192 out, 256 at a time")
+    assert (first.kv_bytes, str(first.workloads[0])) == (8 * GIB, "512 in, 8192 out, 256 at a time")
     assert {"stock", "age-4", "age-2", "static-2", "stock-fp8", "stock-triton"} == set(first.systems)
     page = (ROOT / "docs" / "gpu.md").read_text()
     assert f"of its {sum(len(plan.systems) for plan in throughput.PLANS)} servers" in page
@@ -304,10 +340,8 @@ def test_plans_name_models_and_systems_and_begin_with_the_goal() -> None:
 def test_all_systems_get_the_same_flags_but_for_the_cache(tmp_path: Path) -> None:
     this = Context(tmp_path, False, argparse.Namespace())
     plan = throughput.PLANS[0]
-    args = {
-        n: throughput.server_args(this, throughput.SYSTEMS[n], plan, "tok")
-        for n in ("stock", "stock-triton", "age-4", "age-2")
-    }
+    names = ("stock", "stock-triton", "age-4", "age-2")
+    args = {name: server_args(this, name, plan.model, *plan.size) for name in names}
     cache = {"--max-total-tokens", "--page-size", "--attention-backend"}
 
     def flags(name: str) -> dict[str, str]:
@@ -318,25 +352,28 @@ def test_all_systems_get_the_same_flags_but_for_the_cache(tmp_path: Path) -> Non
     assert "flashinfer" in args["stock"] and "triton" in args["stock-triton"]
 
 
-def test_answers_are_compared_with_stock_and_without_graphs() -> None:
-    def row(ids: list[list[int]], right: int = 2, shrinks: int = 0) -> dict[str, Any]:
-        return {"output_ids": ids, "right": right, "shrinks": shrinks}
+def test_parts_name_tests_and_tables_that_exist(tmp_path: Path) -> None:
+    this = context(tmp_path)
+    named = [cell.run.args[2][-1] for cell in suite.smoke_cells(this)]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", *named]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line for line in done.stdout.splitlines() if "::" in line] == named
+    assert [cell.key["table"] for cell in suite.kernel_cells(this)] == list(kernels.PARTS)
 
-    a, b = [[1], [2]], [[1], [3]]
-    got = smoke.compare({"ours": row(a), "ours, no graphs": row(a), "stock": row(b), "stock, other backend": row(a)})
-    assert (got["ours_against_stock"], got["stock_against_stock"], got["graphs_against_none"]) == (1, 1, 0)
-    with pytest.raises(CheckFailed, match="CUDA graphs change answers"):
-        smoke.compare({"ours": row(a), "ours, no graphs": row(b), "stock": row(b)})
-    with pytest.raises(CheckFailed, match="token for token"):
-        smoke.compare({"ours": row(a), "stock": row(b)})
-    with pytest.raises(CheckFailed, match="pages shrank"):
-        smoke.compare({"ours": row(a, shrinks=1), "stock": row(a)})
-    with pytest.raises(CheckFailed, match="fewer right answers"):
-        smoke.compare({"ours": row(a, 0), "stock": row(a)})
+
+def test_what_a_module_says_of_its_failure_is_kept(tmp_path: Path) -> None:
+    this, log = context(tmp_path), tmp_path / "logs" / "x.log"
+    log.parent.mkdir()
+    with pytest.raises(CheckFailed, match="--only shrinkage: expected one of decode"):
+        suite.run_module(this, "x", ["benchmarks.kernels", "--only", "shrinkage"], {})
+    this.clock = Clock(3.0)
+    with pytest.raises(TimeUp), this.clock.limit():
+        suite.run_module(this, "x", ["timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)"], {})
+    assert "KeyboardInterrupt" in log.read_text()  # it had time to end what it had started
 
 
 def dry_run(out: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu.suite", "--dry-run", "--out", str(out), *args]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(out), *args]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -354,7 +391,7 @@ def test_dry_run_of_the_throughput_of_one_server(tmp_path: Path) -> None:
     assert saturated["client"]["output_tokens"] == 20 * 120 and few["client"]["output_tokens"] == 2 * 8
     assert saturated["saturated"] is not None and few["saturated"] is None
     assert row["kv_bytes"] <= 448 << 10 and sum(saturated["pool"]["shrinks"].values()) > 0
-    assert "--load-format dummy" in row["server"] and "age-4" in (tmp_path / "throughput.md").read_text()
+    assert "--load-format dummy" in row["servers"][0] and "age-4" in (tmp_path / "throughput.md").read_text()
 
 
 @pytest.mark.full
@@ -365,7 +402,7 @@ def test_dry_run_of_every_part(tmp_path: Path) -> None:
     found = {part.name: rows_of(tmp_path / f"{part.name}.json") for part in suite.PARTS}
     assert not [row for rows in found.values() for row in rows if {"failed", "cut_off"} & row.keys()]
     assert [row["key"]["table"] for row in found["kernels"]] == list(kernels.PARTS)
-    assert {"answers of": "stock"} in [row["key"] for row in found["smoke"]]
-    assert {row["key"]["system"] for row in found["throughput"]} == set(throughput.SYSTEMS) - {"stock-triton"}
+    assert [row["key"]["test"] for row in found["smoke"]] == list(suite.SMOKE)
+    assert {row["key"]["system"] for row in found["throughput"]} == set(SYSTEMS) - {"stock-triton"}
     assert found["unsaturated"][0]["rows"][0]["shrinks"] == 0
     assert found["profile"][0]["of"] == "operators" and found["profile"][0]["share"]["attention"] > 0

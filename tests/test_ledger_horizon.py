@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.horizon import Traffic, measure
+from benchmarks.horizon import digest, measure
 from sglang_pmkvq.commands import CommandBatch
 from sglang_pmkvq.ledger import PolicyConfig
 from tests.ledger_driver import OPS, WEIGHTS, World
@@ -29,19 +29,12 @@ def test_same_events_same_commands(events: int) -> None:
     """Two processes that share no hash seed stand for two ranks."""
     digests = []
     for seed in ("1", "2"):
-        line = [sys.executable, "-m", "benchmarks.horizon", "--digest", "--events", str(events), "--seed", "7"]
+        line = [sys.executable, "-m", "benchmarks.ledger", "--digest", "--horizon", str(events), "--seed", "7"]
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
         digests.append(done.stdout.strip())
     assert len(digests[0]) == 64
     assert digests[0] == digests[1]
-
-
-def digest(events: int, seed: int) -> str:
-    traffic = Traffic(seed, digest=True)
-    traffic.run(events)
-    traffic.ledger.check_integrity()
-    return traffic.digest()
 
 
 def test_other_events_other_commands() -> None:

@@ -223,18 +223,39 @@ def test_setup_does_not_touch_a_foreign_venv(tmp_path: Path) -> None:
     assert (tmp_path / ".venv" / "precious").read_text() == "x"
 
 
+def ci_run(folder: Path, check: str, test: str) -> subprocess.CompletedProcess[str]:
+    """.ci/run over a Makefile whose targets are these shell lines."""
+    (folder / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
+    (folder / "Makefile").write_text(f"check:\n\t@{check}\ntest:\n\t@{test}\n")
+    return subprocess.run([str(folder / ".ci" / "run")], capture_output=True, text=True, cwd="/")
+
+
 @pytest.mark.parametrize(
     ("tail", "status", "closing"),
     [
         ("==== 3 passed, 1 skipped in 0.10s ====", 0, "==== 3 passed, 1 skipped in 0.10s ===="),
         ("== 1 failed, 2 passed in 61.00s (0:01:01) ==", 2, "== 1 failed, 2 passed in 61.00s (0:01:01) =="),
-        ("gcc: not found", 2, "no closing line: the suite did not run to its end (status 2)"),
+        ("gcc: not found", 2, "no closing line: make test did not run to its end (status 2)"),
     ],
 )
 def test_ci_run_passes_status_and_closing_line_on(tmp_path: Path, tail: str, status: int, closing: str) -> None:
-    (tmp_path / ".ci").mkdir()
-    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
-    (tmp_path / "Makefile").write_text(f"test:\n\t@echo '{tail}'; echo later; exit {status}\n")
-    done = subprocess.run([str(tmp_path / ".ci" / "run")], capture_output=True, text=True, cwd="/")
+    done = ci_run(tmp_path, "echo '9 passed in 1.00s'", f"echo '{tail}'; echo later; exit {status}")
     assert done.returncode == status
+    assert done.stdout.splitlines()[-1] == closing
+
+
+@pytest.mark.parametrize(
+    ("tail", "closing"),
+    [
+        ("Found 2 errors.", "Found 2 errors."),
+        ("Found 1 error in 1 file (checked 50 source files)", "Found 1 error in 1 file (checked 50 source files)"),
+        ("1 failed, 2 passed in 61.00s (0:01:01)", "1 failed, 2 passed in 61.00s (0:01:01)"),
+        ("gcc: not found", "no closing line: make check did not run to its end (status 2)"),
+    ],
+)
+def test_ci_run_ends_with_a_check_that_fails(tmp_path: Path, tail: str, closing: str) -> None:
+    done = ci_run(tmp_path, f"echo '{tail}'; exit 1", "echo 'the suite ran'; echo '3 passed in 0.10s'")
+    assert done.returncode == 2
+    assert "the suite ran" not in done.stdout
     assert done.stdout.splitlines()[-1] == closing

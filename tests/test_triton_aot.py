@@ -77,7 +77,7 @@ def check(config: Config) -> None:
     expected = TABLE[config.name]
     # ptxas makes machine code of slightly different length out of the same PTX, now and then; all else is exact.
     length = pytest.approx(expected["instructions"], rel=0.005)
-    assert row == expected | {"instructions": length}, "the table is stale: python -m benchmarks.kernels_aot"
+    assert row == expected | {"instructions": length}, "the table is stale: python -m benchmarks.kernels --aot"
 
 
 @pytest.mark.parametrize("config", list(sample()), **NAME)

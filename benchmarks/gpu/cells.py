@@ -1,10 +1,11 @@
-"""What the parts of the GPU suite share: the clock, cells and their result files, flags of the servers."""
+"""What the parts of the GPU suite share: the clock, cells and their result files, servers and what they must do."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -15,17 +16,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import requests
-
-from benchmarks.methods import Method
-from benchmarks.result import ROOT, Key, Results
-from benchmarks.serving import Server, ServerFailed
+from benchmarks.methods import Method, model_facts
+from benchmarks.result import ROOT, Key, Results, Row
+from benchmarks.serve import word_tokenizer
+from benchmarks.serving import Server, serve
 
 MODELS = ROOT / "benchmarks" / "models"
 # Of SGLang's attention backends those that a kit without FlashAttention-3 can serve; the first is the baseline.
 BACKENDS = ("flashinfer", "triton")
 # The time that ending a server and writing the last row may take.
 MARGIN_S = 15.0
+START_S = 75.0  # a server with CUDA graphs, from nothing to its first answer
+CHUNK = 2048
+GIB = 1 << 30
 
 
 class TimeUp(BaseException):
@@ -33,7 +36,7 @@ class TimeUp(BaseException):
 
 
 class CheckFailed(RuntimeError):
-    """A server did not do what it must; its times are worth nothing."""
+    """A server or a kernel did not do what it must; its times are worth nothing."""
 
 
 class Clock:
@@ -41,101 +44,126 @@ class Clock:
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
-        self._armed: float | None = None
+        self._armed = math.inf
 
     def left(self) -> float:
         return self.end - time.monotonic()
 
     @contextlib.contextmanager
-    def limit(self, seconds: float | None = None) -> Iterator[None]:
+    def limit(self, seconds: float = math.inf) -> Iterator[None]:
         """Inside, `TimeUp` comes after so many seconds or at the clock's end, whichever is first."""
 
         def time_up(*_: object) -> None:
             raise TimeUp
 
-        outer, self._armed = self._armed, min(self.end, time.monotonic() + (seconds or float("inf")))
+        outer = self._armed
         signal.signal(signal.SIGALRM, time_up)
         try:
-            self._arm()
+            self._arm(min(self.end, time.monotonic() + seconds))
             yield
         finally:
-            self._armed = outer
-            self._arm()
+            self._arm(outer)
 
-    def _arm(self) -> None:
-        seconds = 0.0 if self._armed is None else max(1e-3, self._armed - time.monotonic())
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+    def _arm(self, end: float) -> None:
+        self._armed = end
+        signal.setitimer(signal.ITIMER_REAL, 0 if end == math.inf else max(1e-3, end - time.monotonic()))
 
 
 @dataclass
 class Context:
-    """One run of the suite.
+    """One run of the suite."""
 
-    Attributes:
-        out: folder of results, logs and traces.
-        dry: on the CPU, with tiny shapes.
-        options: the command line.
-        clock: of the part that runs.
-    """
-
-    out: Path
-    dry: bool
+    out: Path  # folder of results, logs and traces
+    dry: bool  # on the CPU, with tiny shapes
     options: argparse.Namespace
-    clock: Clock = field(default_factory=lambda: Clock(0.0))
+    clock: Clock = field(default_factory=lambda: Clock(0.0))  # of the part that runs
 
-    @property
-    def device(self) -> str:
-        return "cpu" if self.dry else "auto"
+    def tokenizer(self, model: str) -> Path:
+        """Of one word per id of the model."""
+        vocabulary = model_facts(MODELS / model)["vocab_size"]
+        folder = self.out / "tokenizers" / str(vocabulary)
+        return folder if (folder / "tokenizer_config.json").exists() else word_tokenizer(folder, vocabulary)
 
-    def log(self, *name: object) -> Path:
-        """Where a server's log goes."""
-        path = self.out / "logs" / ("-".join(str(n).replace("/", "_").replace(" ", "_") for n in name) + ".log")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
 
-    def stock_args(self, backend: str = BACKENDS[0]) -> list[str]:
-        """Flags that give stock the attention backend of the baseline; on the CPU it has one only."""
-        return [] if self.dry else ["--attention-backend", backend]
+# Servers to compare, each by its method (``benchmarks/methods.py``); the last one has the other backend.
+SYSTEMS = {name: Method.parse(name) for name in ("stock", "age-4", "age-2", "static-2", "stock-fp8")}
+SYSTEMS["stock-triton"] = SYSTEMS["stock"]
+
+
+def server_args(context: Context, name: str, model: str, kv_bytes: int, concurrency: int, length: int) -> list[str]:
+    """Flags of a server with dummy weights; the same for all systems but for the cache itself.
+
+    Args:
+        name: in `SYSTEMS`.
+        concurrency: requests at a time.
+        length: tokens of the longest request.
+    """
+    # Hard-protected windows are 16-bit pages of every request that may run, so `static` would have little pool left for
+    # as many as the others.
+    running = max(1, concurrency // 2 if name.startswith("static") else concurrency)
+    args = SYSTEMS[name].server_args(MODELS / model, kv_bytes, running, 64 if context.dry else CHUNK)
+    args += ["--load-format", "dummy", "--tokenizer-path", str(context.tokenizer(model))]
+    # The clients read whole answers; one message per token would be gigabytes.
+    args += ["--context-length", str(length + 64), "--stream-interval", "32"]
+    args += ["--grammar-backend", "none", "--random-seed", "0"]
+    if context.dry:
+        return args
+    args += ["--cuda-graph-max-bs-decode", str(running)]
+    return args if SYSTEMS[name].quant else [*args, "--attention-backend", BACKENDS["triton" in name]]
+
+
+@contextlib.contextmanager
+def dummy_server(context: Context, values: Row, log: str, name: str, model: str, *size: int) -> Iterator[Server]:
+    """A server with the flags of `server_args` that has answered the probe; its command goes into `values`.
+
+    Raises:
+        CheckFailed: it did not, or it logged an error before the end of the ``with`` block.
+    """
+    path = context.out / "logs" / f"{log}.log"
+    device = "cpu" if context.dry else "auto"
+    args, quant = server_args(context, name, model, *size), SYSTEMS[name].quant
+    with serve(MODELS / model, args, quant=quant, device=device, log_path=path) as server:
+        command = [str(a).replace(f"{ROOT}/", "") for a in list(server.process.args)[1:]]
+        values.setdefault("servers", []).append(" ".join(command))
+        probe(server, model_facts(MODELS / model)["vocab_size"])
+        yield server
+        if errors := server.errors():
+            raise CheckFailed(f"the server logged {errors[:3]}")
 
 
 @dataclass(frozen=True)
 class Cell:
     """What is measured, resumed and written as one.
 
-    Attributes:
-        key: its name in the result file.
-        run: measures it. What it puts into the dictionary that it is given is written even if time is up or it fails.
-        needs_s: with less time than this left it is not started.
+    What ``run`` puts into the row that it is given is written even if time is up or it fails.
     """
 
     key: Key
-    run: Callable[[dict[str, Any]], None]
-    needs_s: float = 60.0
-
-
-def label(key: Key) -> str:
-    return ", ".join(str(v) for v in key.values())
+    run: Callable[[Row], None]
+    needs_s: float = 60.0  # with less time than this left it is not started
 
 
 def facts() -> dict[str, Any]:
     """GPU, driver, and versions of what computes."""
     names = ("torch", "triton", "transformers", "sglang", "sglang-kernel", "flashinfer-python", "sglang-pmkvq")
-    out: dict[str, Any] = {"python": sys.version.split()[0]}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            out[name] = metadata.version(name)
+    out: dict[str, Any] = {d.name: d.version for d in metadata.distributions() if d.name in names}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
         out["gpu"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip().splitlines()
-    return out
+    return {"python": sys.version.split()[0], **out}
 
 
-def open_results(context: Context, part: str, config: dict[str, Any]) -> Results:
-    """The part's result file, without the rows that failed or were cut off: they are measured again."""
-    results = Results(context.out / f"{part}.json", f"gpu-{part}", {"dry": context.dry, **config}, [])
-    results.command = "python -m benchmarks.gpu.suite " + " ".join(sys.argv[1:])
+def keep(results: Results, wanted: Callable[[Row], bool]) -> None:
+    """Forget the rows of an earlier run that are not wanted: they are measured again."""
+    results.rows[:] = [row for row in results.rows if wanted(row)]
+
+
+def open_results(context: Context, part: str) -> Results:
+    """The part's result file, without the rows that failed or were cut off."""
+    results = Results(context.out / f"{part}.json", f"gpu-{part}", {"dry": context.dry}, [])
+    results.command = "python -m benchmarks.gpu " + " ".join(sys.argv[1:])
     results.head["machine"] = facts()
-    results.rows[:] = [row for row in results.rows if not {"failed", "cut_off"} & row.keys()]
+    keep(results, lambda row: not {"failed", "cut_off"} & row.keys())
     return results
 
 
@@ -146,89 +174,40 @@ def run_cells(context: Context, results: Results, cells: Iterable[Cell]) -> bool
     """
     started = False
     for cell in cells:
-        if results.has(cell.key) or (context.options.only and context.options.only not in label(cell.key)):
+        name = ", ".join(map(str, cell.key.values()))
+        if results.has(cell.key) or (context.options.only and context.options.only not in name):
             continue
         # The first one may start late, or a limit that is too short would let no cell ever begin.
         if started and context.clock.left() < cell.needs_s:
-            print(f"suite: {context.clock.left():.0f} s are left, {label(cell.key)} waits for the next run", flush=True)
+            print(f"suite: {context.clock.left():.0f} s are left, {name} waits for the next run", flush=True)
             return False
         started = True
-        values: dict[str, Any] = {}
-        start = time.monotonic()
+        values, start = Row(), time.monotonic()
         try:
             with context.clock.limit():
                 cell.run(values)
+            values["cell_s"] = round(time.monotonic() - start, 1)
         except TimeUp:
-            results.add(cell.key, **values, cut_off=f"after {time.monotonic() - start:.0f} s, by the part's limit")
-            print(f"suite: {label(cell.key)} was cut off", flush=True)
-            return False
-        except ServerFailed as error:
-            results.add(cell.key, **values, failed=str(error)[-2000:])
+            values["cut_off"] = f"after {time.monotonic() - start:.0f} s, by the part's limit"
         except Exception as error:
-            results.add(cell.key, **values, failed=f"{type(error).__name__}: {error}"[:2000])
-        else:
-            results.add(cell.key, **values, cell_s=round(time.monotonic() - start, 1))
-        print(f"suite: {label(cell.key)}: {json.dumps(brief(results.rows[-1]))}", flush=True)
+            values["failed"] = f"{type(error).__name__}: {error}"[-2000:]
+        results.add(cell.key, **values)
+        brief = {k: v for k, v in values.items() if k != "servers" and len(str(v)) < 200}
+        print(f"suite: {name}: {json.dumps(brief)}", flush=True)
+        if "cut_off" in values:
+            return False
     return True
 
 
-def brief(row: dict[str, Any]) -> dict[str, Any]:
-    """Numbers and short texts of a row."""
-    skip = ("key", "command", "commit", "server")
-    return {
-        k: v for k, v in row.items() if k not in skip and (not isinstance(v, str | list | dict) or len(str(v)) < 200)
-    }
-
-
-def command_of(server: Server) -> str:
-    """The server's command line, to repeat it by hand."""
-    args = server.process.args
-    assert isinstance(args, list)
-    return " ".join(str(a).replace(str(ROOT) + "/", "") for a in args[1:])
-
-
 def probe(server: Server, vocab: int, prompt: int = 48, tokens: int = 16) -> None:
-    """Ask twice alone, greedily: whole answers, in the vocabulary, and the same.
-
-    Raises:
-        CheckFailed: one is not, or the server logged an error.
-    """
+    """Ask twice alone, greedily; CheckFailed if the answers are not whole, in the vocabulary, and the same."""
     ids = [(7 * i + 11) % vocab for i in range(prompt)]
     params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     answers = []
     for _ in range(2):
         server.flush()  # else the second one would extend a prefix, in other shapes
         answers.append(server.generate(input_ids=ids, sampling_params=params)["output_ids"])
-    for answer in answers:
-        if len(answer) != tokens or not all(0 <= t < vocab for t in answer):
-            raise CheckFailed(f"expected {tokens} tokens below {vocab}, got {answer}")
+        if len(answers[-1]) != tokens or not all(0 <= t < vocab for t in answers[-1]):
+            raise CheckFailed(f"expected {tokens} tokens below {vocab}, got {answers[-1]}")
     if answers[0] != answers[1]:
         raise CheckFailed(f"the same prompt alone gave {answers[0]} and then {answers[1]}")
-    if errors := server.errors():
-        raise CheckFailed(f"the server logged {errors[:3]}")
-
-
-def abort_all(server: Server) -> None:
-    """End what runs, and wait until the server is empty."""
-    requests.post(f"{server.url}/abort_request", json={"rid": "", "abort_all": True}, timeout=60)
-    server.flush()
-
-
-def check_bytes(server: Server, method: Method, pool_bytes: int, token_bytes: int) -> dict[str, int]:
-    """KV bytes and tokens of a server; they may not exceed what everybody was given.
-
-    Args:
-        token_bytes: of a token as this server stores it, if it is stock.
-
-    Raises:
-        CheckFailed: they do, or are far from it.
-    """
-    if method.quant:
-        pool = server.pool()
-        stored, tokens = pool["storage_bytes"], pool["logical_tokens"]
-    else:
-        tokens = server.info()["max_total_num_tokens"]
-        stored = tokens * token_bytes
-    if not 0.9 * pool_bytes < stored <= pool_bytes:
-        raise CheckFailed(f"{method.name} stores {stored} bytes of KV, everybody was given {pool_bytes}")
-    return {"kv_bytes": stored, "kv_tokens": tokens}

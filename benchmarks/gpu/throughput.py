@@ -14,60 +14,22 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+
+import requests
 
 from benchmarks import serve as client
-from benchmarks.gpu.cells import MODELS, Cell, Context, TimeUp, abort_all, check_bytes, command_of, probe
-from benchmarks.methods import Method, bytes_per_token, model_facts
-from benchmarks.result import Key, Row
-from benchmarks.serving import Server, serve
-
-GIB = 1 << 30
-START_S = 75.0  # a server with CUDA graphs, from nothing to its first answer
-CHUNK = 2048
-
-
-@dataclass(frozen=True)
-class System:
-    """A server to compare.
-
-    Attributes:
-        method: name in ``benchmarks/methods.py``.
-        backend: stock's attention backend; ours has its own.
-        running: share of a workload's concurrency that may run at once. Hard-protected windows are 16-bit pages of
-            every request that may run, so ``static`` would have little pool left for as many as the others.
-        on_cpu: whether a CPU can serve it.
-    """
-
-    method: str
-    backend: str = "flashinfer"
-    running: float = 1.0
-    on_cpu: bool = True
-
-
-STOCK = System("stock")
-OURS_4, OURS_2 = System("age-4"), System("age-2")
-STATIC_2 = System("static-2", running=0.5)
-SYSTEMS = {
-    "stock": STOCK,
-    "age-4": OURS_4,
-    "age-2": OURS_2,
-    "static-2": STATIC_2,
-    "stock-fp8": System("stock-fp8"),
-    "stock-triton": System("stock", backend="triton", on_cpu=False),
-}
+from benchmarks.gpu.cells import GIB, MODELS, START_S, SYSTEMS, Cell, CheckFailed, Context, TimeUp, dummy_server
+from benchmarks.methods import bytes_per_token
+from benchmarks.result import Key, Row, markdown
+from benchmarks.serving import Server
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests of one length, all at once.
+    """Requests of one length, all at once; EOS is ignored."""
 
-    Attributes:
-        prompt, output: tokens of each; EOS is ignored.
-        requests: how many, and how many at a time.
-    """
-
-    prompt: int
+    prompt: int  # tokens
     output: int
     requests: int
 
@@ -83,6 +45,12 @@ class Plan:
     kv_bytes: int
     workloads: tuple[Workload, ...]
     systems: tuple[str, ...]
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """KV bytes, requests at a time, tokens of the longest."""
+        longest = max(w.prompt + w.output for w in self.workloads)
+        return self.kv_bytes, max(w.requests for w in self.workloads), longest
 
 
 LONG_COT = (Workload(512, 8192, 256),)
@@ -100,24 +68,9 @@ PLANS = (
     Plan("r1-distill-qwen-7b", 8 * GIB, SWEEP, MAIN),
     Plan("r1-distill-llama-8b", 24 * GIB, LONG_COT, MAIN),
 )
-DRY_PLANS = (Plan("tiny", 448 << 10, (Workload(16, 120, 20), Workload(64, 8, 2)), tuple(SYSTEMS)),)
-
-
-def server_args(context: Context, system: System, plan: Plan, tokenizer: str) -> list[str]:
-    """Flags of a server; the same for all systems but for the cache itself."""
-    method = Method.parse(system.method)
-    most = max(w.requests for w in plan.workloads)
-    running = max(1, round(most * system.running))
-    longest = max(w.prompt + w.output for w in plan.workloads)
-    args = method.server_args(MODELS / plan.model, plan.kv_bytes, running, 64 if context.dry else CHUNK)
-    args += ["--load-format", "dummy", "--tokenizer-path", tokenizer, "--context-length", str(longest + 64)]
-    # The client reads whole answers so far; one message per token would be gigabytes.
-    args += ["--stream-interval", "32", "--grammar-backend", "none", "--random-seed", "0"]
-    if not method.quant:
-        args += context.stock_args(system.backend)
-    if not context.dry:
-        args += ["--cuda-graph-max-bs-decode", str(running)]
-    return args
+# On a CPU stock has one backend only.
+DRY_SYSTEMS = tuple(name for name in SYSTEMS if name != "stock-triton")
+DRY_PLANS = (Plan("tiny", 448 << 10, (Workload(16, 120, 20), Workload(64, 8, 2)), DRY_SYSTEMS),)
 
 
 @dataclass(frozen=True)
@@ -144,14 +97,14 @@ LINE = re.compile(
 
 def decode_lines(log: str, stock_bits: float = 16.0) -> list[DecodeLine]:
     """The decode lines of a log; `stock_bits` is the width of KV where the line does not say."""
-    out = []
-    for running, tokens, bits, tok_s, queued in LINE.findall(log):
-        if int(running) and float(tok_s):
-            out.append(DecodeLine(int(running), int(tokens), float(bits or stock_bits), float(tok_s), int(queued)))
-    return out
+    found = [
+        DecodeLine(int(running), int(tokens), float(bits or stock_bits), float(tok_s), int(queued))
+        for running, tokens, bits, tok_s, queued in LINE.findall(log)
+    ]
+    return [line for line in found if line.running and line.tok_s]
 
 
-def log_figures(lines: Sequence[DecodeLine], token_bytes: int) -> dict[str, Any] | None:
+def log_figures(lines: Sequence[DecodeLine], token_bytes: int) -> Row | None:
     """Means over decode lines, weighted by their time; None without lines.
 
     Args:
@@ -174,116 +127,100 @@ def log_figures(lines: Sequence[DecodeLine], token_bytes: int) -> dict[str, Any]
     }
 
 
-def run_workload(context: Context, server: Server, method: Method, plan: Plan, work: Workload, tokenizer: Any) -> Row:
+def run_workload(context: Context, server: Server, name: str, plan: Plan, work: Workload) -> Row:
     """One workload on an empty cache: the client's figures if it ended in time, and the server's."""
-    model = MODELS / plan.model
+    quant, token_bytes = SYSTEMS[name].quant, bytes_per_token(MODELS / plan.model)
     profile = client.Profile("long-cot", 0, work.prompt, work.output)
     row: Row = {"workload": str(work), "client": None}
     server.flush()
     server.mark()
-    before = server.pool() if method.quant else {}
+    before = server.pool() if quant else {}
     try:
         with context.clock.limit(context.options.seconds):
-            count, seed = work.requests, context.options.seed
-            out = client.run_client(server.url, tokenizer, context.out, profile, count, count, seed)
-        row["client"] = client.client_figures(out, profile.output_lengths(count, seed))
+            n, tokenizer = work.requests, context.tokenizer(plan.model)
+            out = client.run_client(server.url, tokenizer, context.out, profile, n, n, seed=0)
+        row["client"] = client.client_figures(out, profile.output_lengths(n, seed=0))
     except TimeUp:
         if context.clock.left() <= 0:
             raise
         row["client_missing"] = f"not all {work.requests} requests ended in {context.options.seconds:.0f} s"
-    token_bytes = bytes_per_token(model)
     # The first line counts from the last one before, whatever lies between.
-    lines = decode_lines(server.new_log(), 8.0 if method.name == "stock-fp8" else 16.0)[1:]
+    lines = decode_lines(server.new_log(), 8.0 if "fp8" in name else 16.0)[1:]
     row["retractions"] = server.retracted()
     row["saturated"] = log_figures([line for line in lines if line.queued], token_bytes)
     row["all"] = log_figures(lines, token_bytes)
-    if method.quant:
+    if quant:
         pool = server.pool()
         row["pool"] = {
             "shrinks": {k: n - before["shrinks"].get(k, 0) for k, n in pool["shrinks"].items()},
             "shrink_s": round(pool["shrink_seconds"] - before["shrink_seconds"], 4),
-            "evict_requests": pool["evict_requests"] - before["evict_requests"],
         }
-        lost = {k: pool[k] for k in ("dropped_rows", "unmapped_reads") if pool[k]}
-        if lost:
-            raise RuntimeError(f"{method.name} lost {lost}; its times are worth nothing")
+        if lost := {k: pool[k] for k in ("dropped_rows", "unmapped_reads") if pool[k]}:
+            raise CheckFailed(f"{name} lost {lost}; its times are worth nothing")
     if row["client"] is None:
-        abort_all(server)
-    errors = server.errors(since_mark=True)
-    if errors:
-        raise RuntimeError(f"the server logged {errors[:3]}")
+        requests.post(f"{server.url}/abort_request", json={"rid": "", "abort_all": True}, timeout=60)
     return row
 
 
-def cell(context: Context, name: str, plan: Plan, round_: int) -> Cell:
-    system = SYSTEMS[name]
-    method = Method.parse(system.method)
-    key = {"model": plan.model, "kv_bytes": plan.kv_bytes, "system": name, "round": round_}
-    key["workloads"] = "; ".join(map(str, plan.workloads))
+def check_bytes(server: Server, name: str, plan: Plan) -> Row:
+    """KV bytes and tokens of a server; CheckFailed if they exceed what everybody was given, or are far from it."""
+    tokens = server.info()["max_total_num_tokens"]
+    stored = tokens * bytes_per_token(MODELS / plan.model) // (2 if "fp8" in name else 1)
+    if SYSTEMS[name].quant:
+        tokens, stored = (server.pool()[name] for name in ("logical_tokens", "storage_bytes"))
+    if not 0.9 * plan.kv_bytes < stored <= plan.kv_bytes:
+        raise CheckFailed(f"{name} stores {stored} bytes of KV, everybody was given {plan.kv_bytes}")
+    return {"kv_bytes": stored, "kv_tokens": tokens}
 
-    def run(values: dict[str, Any]) -> None:
-        facts = model_facts(MODELS / plan.model)
-        tokenizer = context.out / "tokenizers" / str(facts["vocab_size"])
-        if not (tokenizer / "tokenizer_config.json").exists():
-            client.word_tokenizer(tokenizer, facts["vocab_size"])
-        args = server_args(context, system, plan, str(tokenizer))
-        model = MODELS / plan.model
-        log = context.log("throughput", plan.model, plan.kv_bytes >> 20, name, len(plan.workloads), round_)
-        with serve(model, args, quant=method.quant, device=context.device, log_path=log) as server:
-            values["server"] = command_of(server)
-            probe(server, facts["vocab_size"])
-            width = 1 if "fp8" in name else 2
-            values |= check_bytes(server, method, plan.kv_bytes, bytes_per_token(model) * width // 2)
-            values["rows"] = []
-            for work in plan.workloads:
-                values["rows"].append(run_workload(context, server, method, plan, work, tokenizer))
 
-    return Cell(key, run, START_S + 20.0 * len(plan.workloads))
+def run(context: Context, plan: Plan, name: str, log: str, values: Row) -> None:
+    """One server and its workloads."""
+    with dummy_server(context, values, log, name, plan.model, *plan.size) as server:
+        values |= check_bytes(server, name, plan)
+        values["rows"] = []
+        for work in plan.workloads:
+            values["rows"].append(run_workload(context, server, name, plan, work))
 
 
 def cells(context: Context) -> Iterator[Cell]:
     for plan in DRY_PLANS if context.dry else PLANS:
         for round_ in range(context.options.rounds):
             for name in plan.systems if round_ % 2 == 0 else reversed(plan.systems):
-                if context.dry and not SYSTEMS[name].on_cpu:
-                    print(f"suite: {name} does not run on the CPU, its cell is left out of the dry run", flush=True)
-                    continue
-                yield cell(context, name, plan, round_)
+                key = {"model": plan.model, "kv_bytes": plan.kv_bytes, "system": name, "round": round_}
+                key |= {"workloads": "; ".join(map(str, plan.workloads)), "seconds": context.options.seconds}
+                log = f"throughput-{plan.model}-{plan.kv_bytes >> 20}-{name}-{len(plan.workloads)}-{round_}"
+                yield Cell(key, partial(run, context, plan, name, log), START_S + 20.0 * len(plan.workloads))
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: each workload of each server, and its saturated tokens per second against stock's of the same round."""
-    lines = [
-        "| model | KV GiB | workload | system | tok/s, requests waiting | x stock | client tok/s | TTFT ms p50 "
-        "| step ms | running mean, peak | retractions | eff. bits | KV GB/s | shrink s |",
-        "|" + "---|" * 14,
-    ]
+    done = [(row["key"], work) for row in rows for work in row.get("rows", [])]
 
     def number(value: float | None, form: str = ",.0f") -> str:
         return "-" if value is None else format(value, form)
 
-    def rate(row: Row) -> float | None:
+    def rate(work: Row) -> float | None:
         """Saturated tokens per second, else the client's."""
-        return row["saturated"]["tok_s"] if row["saturated"] else row["client"] and row["client"]["output_tok_s"]
+        return work["saturated"]["tok_s"] if work["saturated"] else (work["client"] or {}).get("output_tok_s")
 
-    def place(key: Key) -> tuple[Any, ...]:
-        return key["model"], key["kv_bytes"], key["round"]
+    def place(key: Key, work: Row) -> tuple[object, ...]:
+        return key["model"], key["kv_bytes"], key["round"], work["workload"]
 
-    base: dict[Any, float | None] = {}
-    done = [(r["key"], w) for r in rows for w in r.get("rows", [])]
+    base = {place(key, work): rate(work) for key, work in done if key["system"] == "stock"}
+    lines = []
     for key, work in done:
-        if key["system"] == "stock":
-            base[place(key), work["workload"]] = rate(work)
-    for key, work in done:
-        own, stock, client_row = rate(work), base.get((place(key), work["workload"])), work["client"] or {}
-        best = work["saturated"] or work["all"] or {}
-        pool = work.get("pool", {})
-        lines.append(
-            f"| {key['model']} | {key['kv_bytes'] / GIB:.3g} | {work['workload']} | {key['system']} | {number(own)} "
-            f"| {number(own / stock if own and stock else None, '.2f')} | {number(client_row.get('output_tok_s'))} "
-            f"| {number(client_row.get('ttft_p50_ms'))} | {number(best.get('step_ms'), '.2f')} "
-            f"| {number(best.get('running_mean'), '.1f')}, {number(best.get('running_peak'))} | {work['retractions']} "
-            f"| {number(best.get('effective_bits_mean'), '.2f')} | {number(best.get('kv_gb_s'))} "
-            f"| {number(pool.get('shrink_s'), '.2f')} |"
-        )
-    return "\n".join(lines)
+        own, stock, asked = rate(work), base.get(place(key, work)), work["client"] or {}
+        best, pool = work["saturated"] or work["all"] or {}, work.get("pool", {})
+        lines.append((
+            key["model"], f"{key['kv_bytes'] / GIB:.3g}", work["workload"], key["system"], number(own),
+            number(own / stock if own and stock else None, ".2f"), number(asked.get("output_tok_s")),
+            number(asked.get("ttft_p50_ms")), number(best.get("step_ms"), ".2f"),
+            f"{number(best.get('running_mean'), '.1f')}, {number(best.get('running_peak'))}", work["retractions"],
+            number(best.get("effective_bits_mean"), ".2f"), number(best.get("kv_gb_s")),
+            number(pool.get("shrink_s"), ".2f"),
+        ))  # fmt: skip
+    head = (
+        "model", "KV GiB", "workload", "system", "tok/s, requests waiting", "x stock", "client tok/s", "TTFT ms p50",
+        "step ms", "running mean, peak", "retractions", "eff. bits", "KV GB/s", "shrink s",
+    )  # fmt: skip
+    return markdown(head, lines)

@@ -20,8 +20,9 @@ BENCHES = {
     "programs": "sgl.function programs that fork and join",
     "tpot": "time per output token while nothing shrinks, against stock",
     "capacity": "tokens and memory against stock",
-    "kernels": "attention kernels on a GPU",
-    "ledger": "host time of the page ledger",
+    "kernels": "attention kernels on a GPU; --aot: as they are compiled, without one",
+    "ledger": "host time of the page ledger; --horizon: over millions of random events",
+    "gpu": "the GPU suite: kernels, answers, throughput, latency, profile",
 }
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Builds a kit of wheels for GPU machines that can download nothing.
 
-    python -m benchmarks.gpu.build_kit --out /tmp/kit              for Hopper (sm90), parts of at most 60 MiB
-    python -m benchmarks.gpu.build_kit --out /tmp/kit --image FILE  for an image with other packages
+    python -m scripts.offline_kit.build --out /tmp/kit               for Hopper (sm90), parts of at most 60 MiB
+    python -m scripts.offline_kit.build --out /tmp/kit --image FILE  for an image with other packages
 
 The kit holds what SGLang needs to serve a dense model and what the image (``image.txt``, or FILE, as ``python -m pip
 list --format freeze`` writes it there) lacks or has in a version that SGLang does not take; this project's wheel; and
@@ -20,6 +20,7 @@ import base64
 import csv
 import hashlib
 import io
+import json
 import math
 import re
 import shutil
@@ -35,9 +36,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from benchmarks.result import write
-from benchmarks.serving import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 PYTHON = "3.12"
 MARKERS = {
     "python_version": PYTHON,
@@ -63,7 +62,7 @@ KERNELS_LEFT_OUT = re.compile(r"sgl_kernel/(flash_ops|flashmla_ops)\.|sgl_kernel
 IMPORTED = ("jsonschema",)
 
 # What SGLang or FlashInfer require and a dense model on one GPU never imports, each with why. Found by importing the
-# server's modules in an empty environment (`benchmarks.gpu.imports`) until nothing was missing.
+# server's modules in an empty environment (`scripts.offline_kit.imports`) until nothing was missing.
 LEFT_OUT = {
     "anthropic": "another API than the client speaks",
     "blobfile": "reads vocabularies of harmony models",
@@ -98,7 +97,7 @@ LEFT_OUT = {
 
 
 def step(text: str) -> None:
-    print(f"build_kit: {text}", flush=True)
+    print(f"build: {text}", flush=True)
 
 
 def sha256(path: Path) -> str:
@@ -156,7 +155,7 @@ def download(names: dict[str, str], folder: Path) -> None:
     command += [f"--platform={p}" for p in PLATFORMS]
     command += [f"{name}=={version}" for name, version in names.items()]
     if subprocess.run(command).returncode:
-        raise SystemExit(f"build_kit: no wheel for Python {PYTHON} on Linux x86-64 among: {', '.join(sorted(names))}")
+        raise SystemExit(f"build: no wheel for Python {PYTHON} on Linux x86-64 among: {', '.join(sorted(names))}")
 
 
 def collect(
@@ -180,7 +179,7 @@ def collect(
             if name in found or name in LEFT_OUT or in_image(requirement, image):
                 continue
             if name not in lock:
-                raise SystemExit(f"build_kit: {requirement} is needed and requirements.lock has no version of it")
+                raise SystemExit(f"build: {requirement} is needed and requirements.lock has no version of it")
             wanted[name] = lock[name]
         missing = {n: v for n, v in wanted.items() if find_wheel(folder, n, v) is None}
         step(f"level of {len(wanted)} packages, {len(missing)} to download")
@@ -243,7 +242,7 @@ def trim_kernels(wheel: Path, folder: Path, arch: str) -> Path:
     with zipfile.ZipFile(wheel) as source:
         kept = [n for n in source.namelist() if n.startswith(f"sgl_kernel/{arch}/") or not KERNELS_LEFT_OUT.match(n)]
         if not any(n.startswith(f"sgl_kernel/{arch}/common_ops.") for n in kept):
-            raise SystemExit(f"build_kit: {wheel.name} has no operators for {arch}")
+            raise SystemExit(f"build: {wheel.name} has no operators for {arch}")
         rows = []
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as out:
             for item in (source.getinfo(n) for n in kept):
@@ -288,7 +287,7 @@ def project_wheel(source: Path, folder: Path) -> Path:
     command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(folder)]
     done = subprocess.run([*command, str(folder / "source")], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"build_kit: the project's wheel did not build\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise SystemExit(f"build: the project's wheel did not build\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -355,29 +354,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = [project, source, *found.values()]
     digest, parts = pack(files, out, options.part_mib << 20)
     packages = [project, *found.values()]
-    write(
-        {
-            "kit": 1,
-            "python": PYTHON,
-            "arch": options.arch,
-            "commit": commit,
-            "tar_sha256": digest,
-            "parts": parts,
-            "source": source.name,
-            "wheels": [
-                {"file": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)}
-                for p in sorted(packages, key=lambda p: p.name)
-            ],
-            "left_out": LEFT_OUT,
-        },
-        out / "kit.json",
-    )
-    shutil.copy(Path(__file__).with_name("install_kit.py"), out)
+    kit = {
+        "kit": 1,
+        "python": PYTHON,
+        "arch": options.arch,
+        "commit": commit,
+        "tar_sha256": digest,
+        "parts": parts,
+        "source": source.name,
+        "wheels": [
+            {"file": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)}
+            for p in sorted(packages, key=lambda p: p.name)
+        ],
+        "left_out": LEFT_OUT,
+    }
+    (out / "kit.json").write_text(json.dumps(kit, indent=1) + "\n")
+    shutil.copy(Path(__file__).with_name("install.py"), out)
     for path in sorted(packages, key=lambda p: -p.stat().st_size)[:12]:
         print(f"  {path.stat().st_size / 2**20:8.1f} MiB  {path.name}")
     total = sum(p["bytes"] for p in parts)
     step(f"{len(packages)} wheels, {total / 2**20:.1f} MiB in {len(parts)} parts, commit {commit}")
-    step(f"copy {out} to the GPU machine and run there: python3 install_kit.py --target FOLDER")
+    step(f"copy {out} to the GPU machine and run there: python3 install.py --target FOLDER")
     return 0
 
 

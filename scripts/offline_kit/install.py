@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Installs a kit of wheels (``build_kit.py``) on a machine without a registry, and runs the GPU suite.
+"""Installs a kit of wheels (``build.py``) on a machine without a registry, and runs the GPU suite.
 
-    python3 install_kit.py --target /opt/pmkvq                          join, check, install, check the imports
-    python3 install_kit.py --target /opt/pmkvq --suite --out /tmp/out   the same, then the suite
-    python3 install_kit.py --target /opt/pmkvq --without-gpu            check the imports on a machine without a GPU
+    python3 install.py --target /opt/pmkvq                          join, check, install, check the imports
+    python3 install.py --target /opt/pmkvq --suite --out /tmp/out   the same, then the suite
+    python3 install.py --target /opt/pmkvq --without-gpu            check the imports on a machine without a GPU
 
 Needs the Python and the packages of the image, and pip; nothing else, and no network. What follows ``--suite`` goes to
-``benchmarks.gpu.suite``. Steps that are done are not done again. Exits with 3 if parts of the kit are missing.
+``benchmarks.gpu``. Steps that are done are not done again. Exits with 3 if parts of the kit are missing.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CHUNK = 1 << 20
 
 
 def step(text: str) -> None:
-    print(f"install_kit: {text}", flush=True)
+    print(f"install: {text}", flush=True)
 
 
 def fail(text: str, code: int = 1) -> SystemExit:
-    print(f"install_kit: {text}", file=sys.stderr, flush=True)
+    print(f"install: {text}", file=sys.stderr, flush=True)
     return SystemExit(code)
 
 
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--without-gpu", action="store_true", help="check the imports as far as the driver's first call"
     )
-    parser.add_argument("--suite", nargs=argparse.REMAINDER, help="run benchmarks.gpu.suite with what follows")
+    parser.add_argument("--suite", nargs=argparse.REMAINDER, help="run benchmarks.gpu with what follows")
     options = parser.parse_args(argv)
     manifest = next((f / "kit.json" for f in options.kit if (f / "kit.json").is_file()), None)
     if manifest is None:
@@ -158,10 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # FlashInfer calls ninja by name; the image may have it beside its Python only.
     programs = [str(Path(sys.executable).parent), str(site / "bin"), os.environ.get("PATH", os.defpath)]
     environment["PATH"] = os.pathsep.join(programs)
-    # Servers must write compiled modules, see benchmarks/serving.py.
+    # A server's three processes import thousands of modules: compiled again each time, they take a minute longer.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     step("4/4 imports")
-    check = [sys.executable, "-m", "benchmarks.gpu.imports", *(["--without-gpu"] if options.without_gpu else [])]
+    check = [sys.executable, "-m", "scripts.offline_kit.imports", *(["--without-gpu"] if options.without_gpu else [])]
     if subprocess.run(check, cwd=source, env=environment).returncode:
         raise fail("imports failed, see above")
     step(f"ready; to use it by hand: cd {source} && export PYTHONPATH={path}")
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step(f"suite {' '.join(options.suite)}")
     arguments = ["--out", str(target / "results"), *options.suite]
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu.suite", *arguments], cwd=source, env=environment
+        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=source, env=environment
     ).returncode
 
 

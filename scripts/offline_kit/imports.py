@@ -1,7 +1,7 @@
 """Checks that an environment has all that a server of a dense model imports, and that the plugin is found.
 
-    python -m benchmarks.gpu.imports                 on a machine with a GPU
-    python -m benchmarks.gpu.imports --without-gpu   imports as on a GPU, as far as the first call of the driver
+    python -m scripts.offline_kit.imports                 on a machine with a GPU
+    python -m scripts.offline_kit.imports --without-gpu   imports as on a GPU, as far as the first call of the driver
 
 ``--without-gpu`` answers SGLang's and FlashInfer's questions about the device itself and gives the operators of
 ``sglang-kernel`` a driver library whose functions end the process: what loads there has everything but the driver. It
@@ -46,7 +46,8 @@ MODULES = (
     "sglang_pmkvq.serving.plugin",
     "sglang_pmkvq.serving.attention",
     "sglang_pmkvq.kernels.warm_up",
-    "benchmarks.gpu.suite",
+    "benchmarks.gpu.__main__",
+    "tests.test_gpu_smoke",
 )
 DISTRIBUTIONS = ("torch", "triton", "transformers", "sglang", "sglang-kernel", "flashinfer-python", "sglang-pmkvq")
 
