@@ -75,7 +75,6 @@ def host_lengths(lens: Lengths) -> np.ndarray:
 class Attention(ABC):
     """What decode and extend share. Nothing is allocated before the first plan."""
 
-    @abstractmethod
     def run(
         self,
         q: torch.Tensor,
@@ -101,6 +100,22 @@ class Attention(ABC):
         Raises:
             ValueError: not planned yet, or a shape or layer that does not fit the plan.
         """
+        planned = self._planned()
+        if planned is None:
+            raise ValueError("run needs a plan: call plan(...) first")
+        _check_run(*planned, q, layer)
+        out, lse = self._attend(q, layer, scale, logit_cap, return_lse)
+        return out if lse is None else (out, lse)
+
+    @abstractmethod
+    def _planned(self) -> tuple[GroupStorage, int] | None:
+        """Storage and number of queries of the last plan, None before the first."""
+
+    @abstractmethod
+    def _attend(
+        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``run`` of arguments that fit."""
 
 
 class DecodeAttention(Attention):
@@ -176,7 +191,7 @@ class ExtendAttention(Attention):
         """``plan_source`` with int64 lengths ``[R]`` that fit each other."""
 
 
-def check_run(storage: GroupStorage, num_queries: int, q: torch.Tensor, layer: int) -> None:
+def _check_run(storage: GroupStorage, num_queries: int, q: torch.Tensor, layer: int) -> None:
     """Raise ``ValueError`` for a q or a layer that the plan is not for."""
     s = storage.shape
     if q.dim() != 3 or q.shape[0] != num_queries or q.shape[2] != s.head_dim:

@@ -12,7 +12,6 @@ from sglang_pmkvq.kernels.attention import (
     ExtendAttention,
     Lengths,
     PageSource,
-    check_run,
     host_lengths,
 )
 from sglang_pmkvq.kernels.device_plan import PlanBuffers, plan_launches, token_tile
@@ -149,25 +148,19 @@ class DevicePlan:
 
 
 class _Planned:
-    """``Attention.run`` over a ``DevicePlan``."""
+    """Attention over a ``DevicePlan``."""
 
     def __init__(self) -> None:
         self.device_plan = DevicePlan()
 
-    def run(
-        self,
-        q: torch.Tensor,
-        layer: int,
-        scale: float,
-        logit_cap: float = 0.0,
-        return_lse: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def _planned(self) -> tuple[GroupStorage, int] | None:
         plan = self.device_plan
-        if plan.buffers is None:
-            raise ValueError("run needs a plan: call plan(...) first")
-        check_run(plan.buffers.storage, plan.num_queries, q, layer)
-        out, lse = run(plan, q, layer, scale, logit_cap, return_lse)
-        return out if lse is None else (out, lse)
+        return None if plan.buffers is None else (plan.buffers.storage, plan.num_queries)
+
+    def _attend(
+        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return run(self.device_plan, q, layer, scale, logit_cap, return_lse)
 
 
 class DeviceDecode(_Planned, DecodeAttention):

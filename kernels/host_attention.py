@@ -14,7 +14,6 @@ from sglang_pmkvq.kernels.attention import (
     ExtendAttention,
     Lengths,
     PageSource,
-    check_run,
     host_lengths,
 )
 from sglang_pmkvq.kernels.cpu import partials, stock
@@ -209,7 +208,7 @@ def run_extend(
 
 
 class _Planned:
-    """``Attention.run`` over a ``HostPlan``."""
+    """Attention over a ``HostPlan``."""
 
     _stock_call = staticmethod(stock.decode)
 
@@ -231,18 +230,14 @@ class _Planned:
             self._batched_plan = HostPlan.build(*self._inputs, use_stock=False)
         return self._batched_plan
 
-    def run(
-        self,
-        q: torch.Tensor,
-        layer: int,
-        scale: float,
-        logit_cap: float = 0.0,
-        return_lse: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if self._plan is None:
-            raise ValueError("run needs a plan: call plan(...) first")
+    def _planned(self) -> tuple[GroupStorage, int] | None:
+        return None if self._plan is None else (self._plan.storage, self._plan.num_queries)
+
+    def _attend(
+        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert self._plan is not None
         plan = self._all_batched() if logit_cap > 0.0 else self._plan
-        check_run(plan.storage, plan.num_queries, q, layer)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32) if return_lse else None
         _run_coded(plan, q, layer, scale, logit_cap, out, lse)
@@ -251,7 +246,7 @@ class _Planned:
                 # SDPA returns no LSE, so it is computed apart; the output stays stock's.
                 _run_coded(self._all_batched(), q, layer, scale, logit_cap, torch.empty_like(out), lse)
             self._stock_call(plan.storage, layer, plan.stock_requests, q, out, scale)
-        return out if lse is None else (out, lse)
+        return out, lse
 
 
 def _run_coded(
