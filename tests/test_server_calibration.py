@@ -26,9 +26,11 @@ from tests.support.models import make_model
 pytestmark = pytest.mark.server
 
 
-@pytest.mark.parametrize("transform", ["scale", pytest.param("hadamard", marks=pytest.mark.full)])
-def test_bundled_model_is_calibrated_and_answers(transform: str, tmp_path: Path) -> None:
-    """A few samples, the whole cache at final widths, keys of one layer at 2 bits: right answers, and
+# Scales do less than a rotation, so more keys have to be narrow for their effect to stand clear of bf16's rounding,
+# which is not the same on all CPUs.
+@pytest.mark.parametrize("transform,narrow", [("scale", 4), pytest.param("hadamard", 1, marks=pytest.mark.full)])
+def test_bundled_model_is_calibrated_and_answers(transform: str, narrow: int, tmp_path: Path) -> None:
+    """A few samples, the whole cache at final widths, keys of the last layers at 2 bits: right answers, and
     log-probabilities that only the transform of keys and the clip factors of the file explain."""
     path = tmp_path / "c.safetensors"
     settings = Settings(
@@ -36,9 +38,9 @@ def test_bundled_model_is_calibrated_and_answers(transform: str, tmp_path: Path)
         transform=transform,
     )  # fmt: skip
     made = calibrate(settings, path, quiet=True)
-    finals = (*made.finals[:-1], (2, made.finals[-1][1]))
+    finals = (*made.finals[:-narrow], *((2, v) for _, v in made.finals[-narrow:]))
     clip = np.ones((made.num_layers, made.num_kv_heads), np.float32)
-    clip[-1] = 0.6
+    clip[-narrow:] = 0.6
     made = dataclasses.replace(
         made,
         finals=finals,
@@ -77,7 +79,7 @@ def test_bundled_model_is_calibrated_and_answers(transform: str, tmp_path: Path)
         )
         for c in (case, plain, whole)
     )
-    # 1.5e-6 against 3.9e-6 and 2.9e-6 (rotated: 2.3e-6 against 5.1e-6 and 4.2e-6): all are small, and what is left is
+    # 4.1e-6 against 15.1e-6 and 24.7e-6 (rotated: 1.9e-6 against 4.3e-6 and 3.2e-6): all are small, and what is left is
     # the rounding of bf16.
     assert as_served.mean() < 1e-5
     assert as_served.mean() < untransformed.mean() / 1.5
