@@ -57,7 +57,7 @@ test-full: $(STAMP)
 	PMKVQ_LEDGER_STEPS=1000000 $(PY) -m pytest -m "" $(PYTEST_ARGS)
 
 soak: $(STAMP)
-	$(PY) -m benchmarks.soak --minutes $(MINUTES) $(SOAK_ARGS)
+	.venv/bin/pmkvq bench checks soak --minutes $(MINUTES) $(SOAK_ARGS)
 
 format: $(STAMP)
 	.venv/bin/ruff check --fix .

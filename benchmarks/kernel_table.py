@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks import kernel_cases as kc
-from benchmarks.gpu.cells import facts, keep
+from benchmarks.gpu.cells import facts
+from benchmarks.harness.results import ROOT, Key, Results, Row
 from benchmarks.kernels import PARTS
-from benchmarks.result import ROOT, Key, Results, Row
 from sglang_pmkvq.formats import PageShape
 from sglang_pmkvq.kernels.attention import PageSource
 from sglang_pmkvq.kernels.device_pages import copy_launch, store_launch
@@ -91,7 +91,7 @@ class Timer:
 
 def keep_good_rows(results: Results) -> None:
     """Of an earlier run those that did not fail, if the code is the same."""
-    keep(results, lambda row: "failed" not in row and row["commit"] == results.commit)
+    results.keep(lambda row: "failed" not in row and row["commit"] == results.commit)
 
 
 @dataclass
@@ -133,7 +133,7 @@ class Bench:
         keys = [*mixes.values(), *rivals.values()]
         if all(map(self.results.has, keys)):
             return
-        keep(self.results, lambda row: row["key"] not in keys)
+        self.results.keep(lambda row: row["key"] not in keys)
         shape = PageShape(PAGE, cell["kv_heads"], HEAD_DIM, HEAD_DIM)
         batch, tokens, chunk = cell["batch"], cell["tokens"], cell.get("chunk", 1)
         q = torch.randn(batch * chunk, cell["kv_heads"] * cell["gqa"], HEAD_DIM, device=self.device).to(self.dtype)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.report import PALETTE
+from benchmarks.harness.figures import PALETTE, new_figure
+from benchmarks.harness.tasks import chat_ids
 from sglang_pmkvq.calib.corpus import Sample, load_task
 from sglang_pmkvq.calib.model import CalibrationModel
 from sglang_pmkvq.calib.reparam import observe_ranges, range_state
@@ -26,7 +27,7 @@ def _samples(tokenizer: Any, count: int, tokens: int, seed: int) -> list[Sample]
     out = []
     while len(out) < count:
         problem = task.make_problem(rng.randrange(task.EVAL_SEED_START), min(150, tokens // 12))
-        prompt = tokenizer.apply_chat_template(task.messages(problem), add_generation_prompt=True, return_dict=False)
+        prompt = chat_ids(tokenizer, task.messages(problem))
         ids = [*prompt, *tokenizer(problem.chain)["input_ids"]]
         if len(ids) >= tokens:
             out.append(Sample(np.array(ids[:tokens], dtype=np.int64), len(prompt)))
@@ -81,13 +82,8 @@ def key_ranges(path: Path, samples: int, picture: Path) -> dict[str, Any]:
 
 
 def _draw(kinds: dict[str, torch.Tensor], truth: torch.Tensor, errors: dict[str, torch.Tensor], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     worst = int(errors["short"].abs().mean(1).argmax())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(2, 1))
+    figure, (left, right) = new_figure(12, 4, 2, width_ratios=(2, 1))
     channels = np.arange(truth.shape[-1])
     left.plot(channels, truth[worst, 0], PALETTE[0], label=f"long ({LONG_TOKENS} tokens)")
     for name, color in (("short", PALETTE[2]), ("keys interpolated", PALETTE[1])):
@@ -102,7 +98,5 @@ def _draw(kinds: dict[str, torch.Tensor], truth: torch.Tensor, errors: dict[str,
     right.set_ylabel("mean relative error of max |K|")
     right.set_ylim(0, 1.6 * max(float(e.abs().mean(1).max()) for e in errors.values()))
     right.legend(fontsize="small")
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    plt.close(figure)

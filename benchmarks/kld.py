@@ -2,19 +2,10 @@
 
     pmkvq bench kld --methods 16bit,age-4,age-2,static-2 --share 0.22 --problems 24
 
-A stock 16-bit server answers the prompts greedily (or a file gives the answers: ``--data``). The same server is then
-made to write these tokens once more, through its decode path, and all log-probabilities are recorded; then each
-method's server is. At every position this gives the Kullback-Leibler divergence KL(16 bits ‖ method) in nats and
-whether both find the same token most likely. All servers keep ``--concurrency`` requests running and have no prefix
-cache.
-
-Row ``16bit`` is the control: the 16-bit server against itself, the requests in reverse order, so that batches differ
-as they may between any two servers. What it shows is bf16 arithmetic, and no method can be told from 16 bits below it.
-
-Position is the number of tokens that the prediction rests on, the prompt included. Divergences are over the reference's
-``--top`` most likely tokens and one bucket for the rest, exact where the vocabulary is not larger. Records of the
-16-bit server stay in ``--work`` (4 bytes for each token of the vocabulary and position), so that a run that was killed,
-or one with further methods, goes on; remove the folder when no more rows are wanted.
+A stock 16-bit server answers the prompts greedily (or a file gives the answers: ``--data``). Then it, and each method's
+server, is made to write these tokens through its decode path, and all log-probabilities are recorded. Row ``16bit`` is
+the control: the 16-bit server against itself, the requests in reverse order. Records of the 16-bit server stay in
+``--work``, so that a run that was killed, or one with further methods, goes on; remove the folder afterwards.
 """
 
 from __future__ import annotations
@@ -22,28 +13,30 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
-import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from transformers import AutoTokenizer
 
-from benchmarks import logit_record, methods
-from benchmarks.methods import Method, held_bytes, label, model_facts
-from benchmarks.result import Results, write
-from benchmarks.serving import Server, ServerFailed, generate_many, serve
-from benchmarks.tasks import builtin
+from benchmarks import logit_record
+from benchmarks.harness import experiment, methods
+from benchmarks.harness.experiment import Job
+from benchmarks.harness.methods import PAGE, Method, held_bytes, label, model_facts
+from benchmarks.harness.results import Key, Result, Results, markdown, measured, mib, table, unmeasured, write
+from benchmarks.harness.servers import Server, Unmeasurable, generate_many, greedy
+from benchmarks.harness.stats import mean_error
+from benchmarks.harness.tasks import builtin, chat_ids, read_jsonl
 
-DEFAULT = "16bit,age-4,age-2,static-4,static-2"
 SIXTEEN = Method.parse("16bit")
 
 
-class Unequal(RuntimeError):
+class Unequal(Unmeasurable):
     """A server did not write the tokens that it was given."""
 
 
@@ -81,39 +74,29 @@ def compare(reference: np.ndarray, other: np.ndarray, prompt: int) -> Compared:
     return Compared(context, divergence(reference, other), reference["best"] == other["best"])
 
 
-def curve(answers: Sequence[Compared], width: int) -> list[dict[str, Any]]:
-    """Mean, 99 % quantile and agreement of positions whose context lies in the same ``width`` tokens."""
-    context, kl, agree = (np.concatenate([getattr(a, name) for a in answers]) for name in ("context", "kl", "agree"))
-    out = []
-    for number in np.unique(context // width):
-        here = context // width == number
-        out.append(
-            {
-                "context_from": int(number * width),
-                "context_to": int((number + 1) * width),
-                "positions": int(here.sum()),
-                "kl_mean": float(kl[here].mean()),
-                "kl_p99": float(np.quantile(kl[here], 0.99)),
-                "top1_agreement": float(agree[here].mean()),
-            }
-        )
-    return out
-
-
 def summary(answers: Sequence[Compared], width: int) -> dict[str, Any]:
-    """Figures over all positions, and the curve; the error is that of the mean over answers."""
+    """Figures over all positions, and ``curve``, the same over the positions whose context lies in equal ``width``
+    tokens. The error is that of the mean over answers."""
     context, kl, agree = (np.concatenate([getattr(a, name) for a in answers]) for name in ("context", "kl", "agree"))
-    means = np.array([a.kl.mean() for a in answers])
+
+    def figures(here: np.ndarray | slice) -> dict[str, Any]:
+        return {
+            "positions": len(kl[here]),
+            "kl_mean": float(kl[here].mean()),
+            "kl_p99": float(np.quantile(kl[here], 0.99)),
+            "top1_agreement": float(agree[here].mean()),
+        }
+
     return {
         "answers": len(answers),
-        "positions": len(kl),
-        "kl_mean": float(kl.mean()),
-        "kl_mean_standard_error": float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None,
-        "kl_p99": float(np.quantile(kl, 0.99)),
+        **figures(slice(None)),
+        "kl_mean_standard_error": mean_error(np.array([a.kl.mean() for a in answers])),
         "kl_max": float(kl.max()),
         "kl_max_context": int(context[kl.argmax()]),
-        "top1_agreement": float(agree.mean()),
-        "curve": curve(answers, width),
+        "curve": [
+            {"context_from": int(n * width), "context_to": int((n + 1) * width), **figures(context // width == n)}
+            for n in np.unique(context // width)
+        ],
     }
 
 
@@ -135,26 +118,20 @@ class Run:
     tokens: list[list[int]]
     limit: int
 
-    @property
-    def work(self) -> Path:
-        return self.options.work or self.options.out.with_name(self.options.out.name + ".work")
-
-    @property
-    def concurrency(self) -> int:
-        return int(min(self.options.concurrency, len(self.prompts)))
-
-    @property
-    def top(self) -> int:
-        return int(min(self.options.top, model_facts(self.options.model)["vocab_size"]))
+    def __post_init__(self) -> None:
+        o = self.options
+        self.work: Path = o.work or o.out.with_name(o.out.name + ".work")
+        self.concurrency = min(o.concurrency, len(self.prompts))
+        vocabulary = model_facts(o.model)["vocab_size"]
+        self.top = min(o.top, vocabulary)
+        self.exact = self.top == vocabulary
+        # What decides the answers.
+        self.asked = [experiment.config(o)["model"], o.server_args, self.limit, self.prompts]
 
     @property
     def digest(self) -> str:
         """SHA-256 of model, prompts and answers: rows are comparable if it is the same."""
-        return hashlib.sha256(json.dumps([*self._asked(), self.tokens]).encode()).hexdigest()
-
-    def _asked(self) -> list[Any]:
-        model = methods.config(self.options)["model"]
-        return [model, self.options.server_args, self.limit, self.prompts]
+        return hashlib.sha256(json.dumps([*self.asked, self.tokens]).encode()).hexdigest()
 
     @property
     def lengths(self) -> list[int]:
@@ -162,36 +139,31 @@ class Run:
         answers = [len(t) for t in self.tokens] or [self.limit] * len(self.prompts)
         return [len(p) + n for p, n in zip(self.prompts, answers, strict=True)]
 
-    def reference(self, index: int) -> Path:
-        return self.work / f"{self.digest[:16]}-{self.top}" / f"{index:05d}.npy"
-
-    @contextmanager
-    def server(self, method: Method, pool: int) -> Iterator[Server]:
+    def server(self, method: Method, budget: int) -> AbstractContextManager[Server]:
         """A server of this method without a prefix cache."""
-        o = self.options
-        args = method.server_args(o.model, pool, self.concurrency, o.chunk)
-        args += ["--enable-custom-logit-processor", "--disable-radix-cache", "--random-seed", str(o.seed)]
-        with serve(o.model, [*args, *methods.extra_args(o)], quant=method.quant) as server:
-            yield server
-
-    def sixteen_bytes(self) -> int:
-        """Bytes in which nothing ever waits."""
-        longest = max(self.lengths)
-        return held_bytes(self.options.model, [longest + methods.PAGE] * self.concurrency)
+        flags = ("--enable-custom-logit-processor", "--disable-radix-cache")
+        return experiment.serve_method(self.options, method, budget, self.concurrency, *flags)
 
     def recall(self) -> None:
         """Take the tokens that an earlier run left in the work folder, if there are any."""
         path = self.work / "tokens.json"
         if not self.tokens and path.is_file():
             found = json.loads(path.read_text())
-            self.tokens = found["tokens"] if found["asked"] == self._asked() else []
+            self.tokens = found["tokens"] if found["asked"] == self.asked else []
 
     def choose(self, server: Server) -> None:
         """Let the 16-bit server choose the tokens greedily."""
-        params = {"temperature": 0, "max_new_tokens": self.limit}
-        bodies = [{"input_ids": p, "sampling_params": params} for p in self.prompts]
+        bodies = [greedy(p, self.limit) for p in self.prompts]
         self.tokens = [a["output_ids"] for a in generate_many(server, bodies, self.concurrency)]
-        write({"asked": self._asked(), "tokens": self.tokens}, self.work / "tokens.json")
+        write({"asked": self.asked, "tokens": self.tokens}, self.work / "tokens.json")
+
+    def reference(self, index: int) -> Path:
+        """The 16-bit server's record of an answer."""
+        return self.work / f"{self.digest[:16]}-{self.top}" / f"{index:05d}.npy"
+
+    def unrecorded(self) -> list[int]:
+        """Answers that the reference lacks."""
+        return [i for i, t in enumerate(self.tokens) if not logit_record.is_complete(self.reference(i), len(t))]
 
     def record(self, server: Server, paths: Callable[[int], Path], order: Sequence[int], *, first: bool) -> None:
         """Force the answers of ``order`` and record them; ``first``: this is the reference.
@@ -199,40 +171,36 @@ class Run:
         Raises:
             Unequal: tokens differ from the given ones, or steps are missing.
         """
-        exact = self.top == model_facts(self.options.model)["vocab_size"]
         bodies = []
         for i in order:
             paths(i).parent.mkdir(parents=True, exist_ok=True)
-            logit_record.create(paths(i), len(self.tokens[i]), self.top, ids=first and not exact)
-            reference = None if first or exact else self.reference(i)
-            fields = logit_record.request(self.tokens[i], paths(i).resolve(), reference and reference.resolve())
+            logit_record.create(paths(i), len(self.tokens[i]), self.top, ids=first and not self.exact)
+            reference = None if first or self.exact else self.reference(i).resolve()
+            fields = logit_record.request(self.tokens[i], paths(i).resolve(), reference)
             bodies.append({"input_ids": self.prompts[i], **fields})
-        answers = generate_many(server, bodies, self.concurrency)
+        answers = dict(zip(order, generate_many(server, bodies, self.concurrency), strict=True))
         wrong = [
             i
-            for i, answer in zip(order, answers, strict=True)
+            for i, answer in answers.items()
             if answer["output_ids"] != self.tokens[i] or not logit_record.is_complete(paths(i), len(self.tokens[i]))
         ]
         if wrong:
             raise Unequal(f"{len(wrong)} of {len(order)} answers are not the forced tokens: {wrong[:10]}")
 
-    def unrecorded(self) -> list[int]:
-        """Answers that the reference lacks."""
-        return [i for i, t in enumerate(self.tokens) if not logit_record.is_complete(self.reference(i), len(t))]
-
     def compare(self, server: Server, *, backwards: bool = False) -> dict[str, Any]:
         """Record a server and compare it with the reference; its own records do not stay."""
-        folder = self.work / "method"
         order = range(len(self.prompts))
         server.mark()
-        try:
-            self.record(server, lambda i: folder / f"{i:05d}.npy", order[::-1] if backwards else order, first=False)
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+
+            def own(index: int) -> Path:
+                return Path(folder) / f"{index:05d}.npy"
+
+            self.record(server, own, order[::-1] if backwards else order, first=False)
             compared = [
-                compare(np.load(self.reference(i), mmap_mode="r"), np.load(folder / f"{i:05d}.npy"), len(prompt))
+                compare(np.load(self.reference(i), mmap_mode="r"), np.load(own(i)), len(prompt))
                 for i, prompt in enumerate(self.prompts)
             ]
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         return {
             **summary(compared, self.options.bin),
             "tokens_sha256": self.digest,
@@ -247,25 +215,16 @@ def load(options: argparse.Namespace) -> Run:
     Raises:
         ValueError: options that are not possible, or a file that holds no prompts. OSError: it cannot be read.
     """
-    from transformers import AutoTokenizer
-
-    for name in ("problems", "concurrency", "top", "bin", "max_new_tokens"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more")
     model_facts(options.model)  # a wrong path is said here, before anybody looks for it elsewhere
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-
-    def prompt(messages: list[dict[str, str]]) -> list[int]:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-
     if options.data is None:
         items = builtin(options.problems, options.lines, options.first)
         limit = max(item.max_tokens or 0 for item in items) + 64
-        return Run(options, [prompt(item.messages) for item in items], [], limit)
-    texts = pairs(options.data)[options.first :][: options.problems]
+        return Run(options, [chat_ids(tokenizer, item.messages) for item in items], [], limit)
+    texts = [*read_jsonl(options.data, _pair)][options.first :][: options.problems]
     if not texts:
         raise ValueError(f"--first {options.first}: {options.data} has no more lines")
-    prompts = [prompt([{"role": "user", "content": asked}]) for asked, _ in texts]
+    prompts = [chat_ids(tokenizer, [{"role": "user", "content": asked}]) for asked, _ in texts]
     answered = [said for _, said in texts if said is not None]
     if answered and len(answered) < len(texts):
         raise ValueError(f"{options.data}: some lines have an answer and some have none; expected all or none")
@@ -275,33 +234,19 @@ def load(options: argparse.Namespace) -> Run:
     return Run(options, prompts, tokens, options.max_new_tokens)
 
 
-def pairs(path: Path) -> list[tuple[str, str | None]]:
-    """(prompt, answer or None) of JSON lines.
-
-    Raises:
-        ValueError: a line is something else; names it. OSError: the file cannot be read.
-    """
-    out = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{n}: {error}") from error
-        answer = record.get("answer") if isinstance(record, dict) else 0
-        if not isinstance(answer, str | None) or not isinstance(record.get("prompt"), str):
-            raise ValueError(f'{path}:{n}: expected an object with the texts "prompt" and, if given, "answer"')
-        out.append((record["prompt"], answer))
-    return out
+def _pair(record: dict[str, Any]) -> tuple[str, str | None]:
+    prompt, answer = record.get("prompt"), record.get("answer")
+    if not isinstance(prompt, str) or not isinstance(answer, str | None):
+        raise ValueError('expected an object with the texts "prompt" and, if given, "answer"')
+    return prompt, answer
 
 
 # -- rows ----------------------------------------------------------------------------------------------------
 
 
-def measure(run: Run, method: Method, pool: int) -> dict[str, Any]:
+def measure(run: Run, method: Method, budget: int) -> dict[str, Any]:
     """One method's server against the reference."""
-    with run.server(method, pool) as server:
+    with run.server(method, budget) as server:
         found = run.compare(server)
         if method.quant:
             state = server.pool()
@@ -309,141 +254,92 @@ def measure(run: Run, method: Method, pool: int) -> dict[str, Any]:
         return found
 
 
-def reference(run: Run, results: Results, control: dict[str, Any] | None) -> None:
+def plan(options: argparse.Namespace, results: Results) -> Iterator[Job]:
+    """The control, if it is wanted, then a row per budget and method; sizes are known when the answers are."""
+    chosen = methods.methods(options.methods)
+    run = load(options)
+    bounded = [m for m in chosen if not m.unbounded]
+    if bounded:
+        experiment.budgets(options, 1)  # refuses wrong options before anything runs
+
+    def key(method: Method, budget: int | None) -> Key:
+        return {"method": method.name, "budget_bytes": budget, "answers": len(run.prompts)}
+
+    def jobs() -> Iterator[Job]:
+        control = [key(SIXTEEN, None)] if SIXTEEN in chosen else []
+        reference(run, results, control)
+        # The control is there by now: it was measured on the server that made the reference.
+        yield Job(control, lambda keys: iter(()), "16bit")
+        held = held_bytes(options.model, run.lengths[: run.concurrency])
+        for budget in experiment.budgets(options, held) if bounded else []:
+            for m in bounded:
+                yield Job.row(key(m, budget), partial(measure, run, m, budget), f"{m.name}, {mib(budget)} MiB")
+
+    return jobs()
+
+
+def reference(run: Run, results: Results, control: Sequence[Key]) -> None:
     """Tokens and records of the 16-bit server as far as they are missing, and the row ``control`` if there is none.
 
     Raises:
-        ValueError: the result file's rows are of other tokens.
+        Unmeasurable: the server did not run, or the result file's rows are of other tokens.
     """
     run.recall()
-    wanted = control is not None and not results.has(control)
+    wanted = [key for key in control if not results.has(key)]
     if not run.tokens or run.unrecorded() or wanted:
-        with run.server(SIXTEEN, run.sixteen_bytes()) as server:
+        # In these bytes nothing ever waits.
+        budget = held_bytes(run.options.model, [max(run.lengths) + PAGE] * run.concurrency)
+        with run.server(SIXTEEN, budget) as server:
             if not run.tokens:
                 run.choose(server)
-            missing = run.unrecorded()
-            if missing:
+            if missing := run.unrecorded():
                 run.record(server, run.reference, missing, first=True)
-            if wanted:
-                assert control is not None
-                results.add(control, **run.compare(server, backwards=True))
+            for key in wanted:
+                results.add(key, **run.compare(server, backwards=True))
     if any(row.get("tokens_sha256", run.digest) != run.digest for row in results.rows):
-        raise ValueError(
+        raise Unmeasurable(
             f"--out {run.options.out} holds rows of other tokens than those in {run.work}; remove one of the two"
         )
 
 
-def table(result: dict[str, Any]) -> str:
+def rows_table(result: Result) -> str:
     """Rows as Markdown, then the mean divergence over context length."""
-    names = ["method", "pool MiB", "answers", "positions", "KL mean", "± s.e.", "KL 99 %", "KL largest (at)"]
-    names += ["same best token", "eff. bits, mean", "retractions"]
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    measured = [row for row in result["rows"] if "missing" not in row]
-    for row in measured:
-        error = row["kl_mean_standard_error"]
-        cells = [
-            *_name(row),
-            str(row["answers"]),
-            f"{row['positions']:,}",
-            f"{row['kl_mean']:.2e}",
-            "-" if error is None else f"{error:.1e}",
-            f"{row['kl_p99']:.1e}",
-            f"{row['kl_max']:.1e} ({row['kl_max_context']:,})",
-            f"{100 * row['top1_agreement']:.2f} %",
-            f"{row.get('effective_bits_avg', 16):.2f}",
-            str(row["retractions"]),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    for row in result["rows"]:
-        if "missing" in row:
-            lines.append(f"| {' | '.join(_name(row))} | missing: {row['missing']} " + "| " * (len(names) - 3) + "|")
-    if measured:
-        lines += ["", *_curves(measured)]
-    return "\n".join(lines)
-
-
-def _name(row: dict[str, Any]) -> list[str]:
-    pool = row["key"]["pool_bytes"]
-    return [label(row["key"]["method"]), "-" if pool is None else f"{pool / 2**20:.1f}"]
-
-
-def _curves(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Mean KL (99 % quantile) of each row, a line per part of the context."""
-    titles = [name if pool == "-" else f"{name}, {pool} MiB" for name, pool in map(_name, rows)]
-    lines = ["| context | " + " | ".join(titles) + " |", "|---" * (len(rows) + 1) + "|"]
-    for points in zip(*(row["curve"] for row in rows), strict=True):
-        first = points[0]
-        cells = [f"{p['kl_mean']:.1e} ({p['kl_p99']:.1e})" for p in points]
-        lines.append(f"| {first['context_from']:,} to {first['context_to']:,} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="pmkvq bench kld", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    rows = measured(result)
+    text = table(
+        [*({"effective_bits_avg": 16.0, **row} for row in rows), *unmeasured(result)],
+        "method | pool MiB | answers | positions | KL mean | ± s.e. | KL 99 % | KL largest (at) | same best token "
+        "| eff. bits, mean | retractions",
+        "{method:m} | {budget_bytes:M} | {answers} | {positions:,} | {kl_mean:.2e} | {kl_mean_standard_error:.1e} "
+        "| {kl_p99:.1e} | {kl_max:.1e} ({kl_max_context:,}) | {top1_agreement:.2%} | {effective_bits_avg:.2f} "
+        "| {retractions}",
+        names=2,
     )
-    methods.arguments(parser, DEFAULT, "results/kld.json")
-    parser.add_argument("--data", type=Path, help='JSON lines with "prompt" and perhaps "answer", as text')
-    parser.add_argument("--problems", type=int, default=24, help="problems, or lines of --data; default %(default)s")
-    parser.add_argument("--first", type=int, default=0, help="index of the first one")
-    parser.add_argument("--lines", default="64-128", help="program lines of the bundled task")
-    parser.add_argument("--max-new-tokens", type=int, default=4096, help="bound on answers for --data")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time, default %(default)s")
-    parser.add_argument("--chunk", type=int, default=256, help="--chunked-prefill-size of every server")
-    methods.size_arguments(parser)
-    parser.add_argument("--top", type=int, default=1024, help="tokens recorded at a position, default %(default)s")
-    parser.add_argument("--bin", type=int, default=128, help="context tokens of a point of the curve")
-    parser.add_argument("--work", type=Path, help="records of the 16-bit server (default: OUT.work)")
-    return parser.parse_args(argv)
+    keys = [row["key"] for row in rows]
+    titles = [label(k["method"]) + (f", {mib(k['budget_bytes'])} MiB" if k["budget_bytes"] else "") for k in keys]
+    lines = [
+        [f"{points[0]['context_from']:,} to {points[0]['context_to']:,}"]
+        + [f"{p['kl_mean']:.1e} ({p['kl_p99']:.1e})" for p in points]
+        for points in zip(*(row["curve"] for row in rows), strict=True)
+    ]
+    return text + ("\n\n" + markdown(["context", *titles], lines) if rows else "")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
-    try:
-        chosen = methods.methods(options.methods)
-        run = load(options)
-        bounded = [m for m in chosen if not m.unbounded]
-        if bounded:
-            methods.pool_sizes(options, 1)  # refuses wrong options before anything runs
-        drop = ("share", "pool_bytes", "problems", "work")
-        results = Results(options.out, "kld", methods.config(options, drop=drop), argv)
-        return _run(run, results, SIXTEEN in chosen, bounded)
-    except (OSError, ValueError) as error:
-        print(f"pmkvq bench kld: {error}", file=sys.stderr)
-        return 2
-    except (ServerFailed, Unequal) as error:
-        why = error.reason if isinstance(error, ServerFailed) else error
-        print(f"pmkvq bench kld: the 16-bit server: {why}", file=sys.stderr)
-        return 1
+def arguments(parser: argparse.ArgumentParser) -> None:
+    experiment.server_arguments(parser, chunk=256)
+    experiment.problem_arguments(parser, 24)
+    parser.add_argument("--data", type=Path, help='JSON lines with "prompt" and perhaps "answer", instead of the task')
+    experiment.budgets_arguments(parser)
+    experiment.numbers(
+        parser,
+        concurrency=(8, "requests at a time"),
+        max_new_tokens=(4096, "bound on answers for --data"),
+        top=(1024, "tokens recorded at a position"),
+        bin=(128, "context tokens of a point of the curve"),
+    )
+    parser.add_argument("--work", type=Path, help="records of the 16-bit server, which further rows need: OUT.work")
 
 
-def _run(run: Run, results: Results, control: bool, bounded: Sequence[Method]) -> int:
-    def key(method: Method, pool: int | None) -> dict[str, Any]:
-        return {"method": method.name, "pool_bytes": pool, "answers": len(run.prompts)}
-
-    keys = [key(SIXTEEN, None)] if control else []
-    with tqdm(unit="row", desc="16-bit server") as bar:
-        reference(run, results, keys[0] if control else None)
-        bar.update(len(keys))
-        held = held_bytes(run.options.model, run.lengths[: run.concurrency])
-        rows = [(m, size) for size in (methods.pool_sizes(run.options, held) if bounded else []) for m in bounded]
-        bar.total = len(keys) + len(rows)
-        for method, size in rows:
-            keys.append(key(method, size))
-            bar.set_description(f"{method.name}, {size / 2**20:.1f} MiB")
-            if not results.has(keys[-1]):
-                try:
-                    results.add(keys[-1], **measure(run, method, size))
-                except ServerFailed as error:
-                    results.missing(keys[-1], error.reason)
-                except Unequal as error:
-                    results.missing(keys[-1], str(error))
-            bar.update()
-    results.order(keys)
-    print(table({"rows": results.rows}))
-    print(f"\n{run.work} holds the 16-bit server's records; further rows need them", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+FREE = ("share", "budget_bytes", "problems", "work")
+METHODS = "16bit,age-4,age-2,static-4,static-2"
+EXPERIMENT = experiment.Experiment("kld", __doc__, plan, rows_table, arguments, METHODS, "results/kld.json", FREE)
+main = EXPERIMENT.main

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import horizon
-from benchmarks.result import versions, write
+from benchmarks.harness.results import versions, write
 from sglang_pmkvq.formats import PageShape, geometry_for_pages, groups_from_finals
 from sglang_pmkvq.ledger import Ledger, PolicyConfig
 

@@ -2,25 +2,9 @@
 
     pmkvq bench offline --methods 16bit,static-4,static-2,kivi-4,kivi-2,kivi-2@bytes --share 0.22,0.35
 
-Greedy decoding, weights in fp32, keys (after RoPE) and values rounded to bf16 when they are written. Prompts are read
-at 16 bits and then quantized, as the authors of KIVI do. Methods:
-
-* ``16bit``: nothing more is rounded.
-* ``static-FINAL``: what our server does under ``--pmkvq-policy static --pmkvq-protect hard``: the first page of 16
-  tokens and all pages that the last 128 tokens touch stay at 16 bits, every other page is at its layer's final width,
-  codes, zeros and ranges exactly those of the pool. FINAL is what ``--pmkvq-final-bits`` takes; widths per layer
-  (``static-0-2:8,3-5:k4v2``) are the KVTuner-like mix.
-* ``kivi-BITS``: KIVI (Liu et al., ICML 2024, arXiv 2402.02750, algorithm 1 and the authors' code). Keys are quantized
-  per channel over groups of 32 tokens, whenever the residual has 128 of them, values per token over groups of 32
-  channels as soon as they are older than 128 tokens; scale and zero in fp16.
-* ``kivi-BITS@bytes``: the same with the residual grown in steps of 32 tokens, from 32 on, as far as the bytes of
-  ``--share`` or ``--pool-bytes`` allow: the KIVI that may use the memory that others use. One row for each number of
-  bytes.
-
-Bytes count everything: codes, scales and zeros; pages whole, KIVI's tokens one by one. They are those of decode steps
-of ``--concurrency`` problems that run at a time, each followed by the next; the forward over a prompt is not counted.
-``--share`` is of the 16-bit bytes of the first of them at the ends of their chains, as for the servers in
-``pmkvq bench accuracy``.
+Methods: ``16bit``; ``static-FINAL``, as our server under ``--pmkvq-policy static --pmkvq-protect hard``;
+``kivi-BITS``; ``kivi-BITS@bytes``, a row per number of bytes; ``rounded-BITS``, everything at one width as soon as it
+is written, at 16 not even rounded to bf16. docs/benchmarks.md says what each is, and how bytes are counted.
 """
 
 from __future__ import annotations
@@ -28,31 +12,32 @@ from __future__ import annotations
 import argparse
 import heapq
 import re
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from transformers import AutoTokenizer
 
-from benchmarks import methods
 from benchmarks.forced import SINK, WINDOW
-from benchmarks.methods import PAGE
-from benchmarks.reasoner.evaluate import K, Quantizer, evaluate, load, prompt_tokens
+from benchmarks.harness import methods
+from benchmarks.harness.experiment import Experiment, Job, budgets, budgets_arguments, numbers, problem_arguments
+from benchmarks.harness.methods import PAGE
+from benchmarks.harness.results import Result, Results, Row, mib, table
+from benchmarks.harness.servers import Unmeasurable
+from benchmarks.harness.stats import percent, wilson
+from benchmarks.harness.tasks import line_range, problem_set, prompt_ids
+from benchmarks.reasoner.evaluate import K, Quantizer, evaluate, load
 from benchmarks.reasoner.model import Config
-from benchmarks.reasoner.task import Problem
-from benchmarks.result import Results, wilson
-from benchmarks.tasks import line_range
 from sglang_pmkvq.formats import META_PAIR_BYTES, PageShape, groups_from_finals, page_bytes
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 from sglang_pmkvq.serving.config import parse_final_bits
 from sglang_pmkvq.serving.sizing import page_shape
 
-DEFAULT = "16bit,static-8,static-4,static-2,kivi-4,kivi-2,kivi-2@bytes"
 KIVI_GROUP = 32
 KIVI_RESIDUAL = 128
 
@@ -74,6 +59,24 @@ class Sixteen(Quantizer):
     def bytes(self, tokens: int) -> int:
         """Bytes of a sequence in a forward that reads ``tokens`` tokens of it."""
         return 2 * tokens * self.elements
+
+
+@dataclass(frozen=True)
+class Rounded(Sixteen):
+    """Everything at one width, rounded when written: one group of D channels per token and head."""
+
+    width: int
+
+    def enter(self, x: Tensor) -> Tensor:
+        if self.width >= 16:
+            return x
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        scale = ((high - low) / (2**self.width - 1)).clamp_min(1e-12)
+        return low + ((x - low) / scale).round() * scale
+
+    def bytes(self, tokens: int) -> int:
+        meta = 0 if self.width >= 16 else META_PAIR_BYTES * self.elements // self.config.head_dim
+        return tokens * (self.elements * self.width // 8 + meta)
 
 
 @dataclass(frozen=True)
@@ -138,15 +141,6 @@ def round_groups(x: Tensor, bits: int, dim: int) -> Tensor:
     return codes * scale + zero
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One row: its key, the quantizer, and whether its residual grows to the key's bytes."""
-
-    key: dict[str, Any]
-    quantizer: Sixteen
-    grows: bool = False
-
-
 def parse_method(name: str, config: Config) -> tuple[Sixteen, bool]:
     """The quantizer of that name, and whether it is to grow to given bytes.
 
@@ -158,29 +152,14 @@ def parse_method(name: str, config: Config) -> tuple[Sixteen, bool]:
     if name.startswith("static-"):
         finals = parse_final_bits(name.removeprefix("static-"), config.num_hidden_layers)
         return Static(config, tuple(finals)), False
-    match = re.fullmatch(r"kivi-([248])(@bytes)?", name)
-    if match:
+    if match := re.fullmatch(r"rounded-(16|8|4|2)", name):
+        return Rounded(config, int(match[1])), False
+    if match := re.fullmatch(r"kivi-([248])(@bytes)?", name):
         return Kivi(config, int(match[1])), bool(match[2])
     raise ValueError(
-        f"unknown method {name!r}: expected 16bit, static- and then final bits, kivi-2, kivi-4, kivi-8, or "
-        f"kivi-2@bytes and so on"
+        f"unknown method {name!r}: expected 16bit, static- and then final bits, kivi-2, kivi-4, kivi-8, "
+        f"kivi-2@bytes and so on, or rounded-16, -8, -4 or -2"
     )
-
-
-def plan(names: Sequence[str], config: Config, sizes: Sequence[int], problems: int) -> list[Plan]:
-    """All rows, each ``@bytes`` method once per size.
-
-    Raises:
-        ValueError: a method is unknown, or has no bytes to grow to.
-    """
-    out = []
-    for name in names:
-        quantizer, grows = parse_method(name, config)
-        if grows and not sizes:
-            raise ValueError(f"{name} needs --share or --pool-bytes")
-        for size in sizes if grows else [None]:
-            out.append(Plan({"method": name, "pool_bytes": size, "problems": problems}, quantizer, grows))
-    return out
 
 
 Spans = Sequence[tuple[int, int]]
@@ -201,14 +180,18 @@ def together(quantizer: Sixteen, spans: Spans) -> int:
     return int(total.max())
 
 
-def grown(quantizer: Kivi, spans: Spans, limit: int) -> Kivi | None:
-    """``quantizer`` with the longest residual, in steps of a group, with which ``spans`` fit; None: no one does."""
+def grown(quantizer: Kivi, spans: Spans, limit: int) -> Kivi:
+    """``quantizer`` with the longest residual, in steps of a group, with which ``spans`` fit ``limit`` bytes.
+
+    Raises:
+        Unmeasurable: not even the shortest one does.
+    """
     longest = max(prompt + output for prompt, output in spans)
     for residual in range(-(-longest // KIVI_GROUP) * KIVI_GROUP, 0, -KIVI_GROUP):
         found = replace(quantizer, residual=residual)
-        if together(found, spans) <= limit:
+        if (least := together(found, spans)) <= limit:
             return found
-    return None
+    raise Unmeasurable(f"needs {least} bytes with its shortest residual of {KIVI_GROUP} tokens, may have {limit}")
 
 
 def memory(quantizer: Sixteen, spans: Spans, concurrency: int) -> dict[str, float]:
@@ -235,151 +218,82 @@ def memory(quantizer: Sixteen, spans: Spans, concurrency: int) -> dict[str, floa
     }
 
 
-class TooFewBytes(ValueError):
-    """A method cannot be had in the bytes that it may have."""
+def plan(options: argparse.Namespace, results: Results) -> list[Job]:
+    """A row per method, for ``@bytes`` per method and budget."""
+    torch.set_num_threads(options.threads)
+    problems = problem_set(options.problems, *line_range(options.lines), options.first)
+    model = load(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    # (prompt, gold chain) tokens of the problems that run first.
+    first = problems[: options.concurrency]
+    ends = [(len(ids), p.chain_tokens) for ids, p in zip(prompt_ids(options.model, first)[0], first, strict=True)]
+    held = methods.held_bytes(options.model, map(sum, ends))
+    sizes = budgets(options, held) if options.share or options.budget_bytes else []
 
-
-@dataclass
-class Run:
-    """The model, its problems, and what is asked of them."""
-
-    options: argparse.Namespace
-    model: Any
-    tokenizer: Any
-    problems: list[Problem]
-
-    @property
-    def ends(self) -> Spans:
-        """(prompt, gold chain) tokens of the problems that run first."""
-        first = self.problems[: self.options.concurrency]
-        return [(len(prompt_tokens(self.tokenizer, p)), p.chain_tokens) for p in first]
-
-    def measure(self, row: Plan) -> dict[str, Any]:
-        """Answer all problems with the row's quantizer, and count.
-
-        Raises:
-            TooFewBytes: the row's bytes do not hold the shortest residual.
-        """
-        o, quantizer = self.options, row.quantizer
-        if row.grows:
+    def measure(name: str, quantizer: Sixteen, budget: int | None) -> dict[str, Any]:
+        if budget is not None:
             assert isinstance(quantizer, Kivi)
-            found = grown(quantizer, self.ends, row.key["pool_bytes"])
-            if found is None:
-                least = together(replace(quantizer, residual=KIVI_GROUP), self.ends)
-                raise TooFewBytes(
-                    f"needs {least} bytes with its shortest residual of {KIVI_GROUP} tokens, may have "
-                    f"{row.key['pool_bytes']}"
-                )
-            quantizer = found
+            quantizer = grown(quantizer, ends, budget)
         start = time.perf_counter()
-        label = row.key["method"]
-        records = evaluate(self.model, self.tokenizer, self.problems, quantizer, o.batch, label=label)
+        records = evaluate(model, tokenizer, problems, quantizer, name)
         wall = time.perf_counter() - start
         spans = [(r["prompt_tokens"], r["tokens"]) for r in records]
         right = [bool(r["right"]) for r in records]
+        gold = [p.chain_tokens for p in problems]
         return {
             "problems": len(records),
+            "chain_tokens": [min(gold), max(gold)],
             "right": sum(right),
-            "accuracy": sum(right) / len(right),
-            "confidence95": wilson(sum(right), len(right)),
             "wrong": [i for i, ok in enumerate(right) if not ok],
             "chains_right": sum(bool(r["chain_right"]) for r in records),
             "output_tokens": sum(output for _, output in spans),
             "residual_tokens": quantizer.residual if isinstance(quantizer, Kivi) else None,
-            "end_bytes": together(quantizer, self.ends),
-            **memory(quantizer, spans, o.concurrency),
+            "end_bytes": together(quantizer, ends),
+            **memory(quantizer, spans, options.concurrency),
             "wall_s": round(wall, 1),
         }
 
+    def jobs() -> Iterator[Job]:
+        for name in methods.names(options.methods):
+            quantizer, grows = parse_method(name, model.config)
+            if grows and not sizes:
+                raise ValueError(f"{name} needs --share or --pool-bytes")
+            for budget in sizes if grows else [None]:
+                key = {"method": name, "budget_bytes": budget, "lines": options.lines, "problems": options.problems}
+                yield Job.row(key, partial(measure, name, quantizer, budget), name)
 
-def table(result: dict[str, Any]) -> str:
+    return list(jobs())
+
+
+def rows_table(result: Result) -> str:
     """Rows as Markdown."""
-    names = ["method", "residual", "right", "95 %", "whole chains", "tokens"]
-    names += ["peak MiB", "mean MiB", "eff. bits, mean", "at the peak", "first problems at their ends, MiB"]
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for row in result["rows"]:
-        name, pool = row["key"]["method"], row["key"]["pool_bytes"]
-        name = name if pool is None else f"{name} = {pool / 2**20:.1f} MiB"
+
+    def shown(row: Row) -> Row:
+        budget = row["key"]["budget_bytes"]
+        name = row["key"]["method"] + (f" = {mib(budget)} MiB" if budget else "")
         if "missing" in row:
-            lines.append(f"| {name} | missing: {row['missing']} " + "| " * (len(names) - 2) + "|")
-            continue
-        low, high = row["confidence95"]
-        n = row["problems"]
-        cells = [
-            name,
-            "-" if row["residual_tokens"] is None else str(row["residual_tokens"]),
-            f"{row['right']}/{n} = {100 * row['accuracy']:.1f} %",
-            f"{100 * low:.1f} to {100 * high:.1f}",
-            f"{row['chains_right']}/{n}",
-            f"{row['output_tokens']:,}",
-            f"{row['used_bytes_peak'] / 2**20:.1f}",
-            f"{row['used_bytes_avg'] / 2**20:.1f}",
-            f"{row['effective_bits_avg']:.2f}",
-            f"{row['effective_bits_at_peak']:.2f}",
-            f"{row['end_bytes'] / 2**20:.1f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            return {**row, "name": name}
+        share = row["right"] / row["problems"]
+        return {**row, "name": name, "share": share, "interval": percent(wilson(row["right"], row["problems"]))}
 
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="pmkvq bench offline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    return table(
+        map(shown, result["rows"]),
+        "method | program lines | tokens of the chain | residual | right | 95 % | whole chains | tokens | peak MiB "
+        "| mean MiB | eff. bits, mean | at the peak | first problems at their ends, MiB",
+        "{name} | {lines} | {chain_tokens[0]:,} to {chain_tokens[1]:,} | {residual_tokens} "
+        "| {right}/{problems} = {share:.1%} | {interval} | {chains_right}/{problems} | {output_tokens:,} "
+        "| {used_bytes_peak:M} | {used_bytes_avg:M} | {effective_bits_avg:.2f} | {effective_bits_at_peak:.2f} "
+        "| {end_bytes:M}",
     )
-    methods.arguments(parser, DEFAULT, "results/offline.json", servers=False)
-    parser.add_argument("--problems", type=int, default=200)
-    parser.add_argument("--first", type=int, default=0, help="index of the first problem")
-    parser.add_argument("--lines", default="64-128", help="program lines")
-    parser.add_argument("--concurrency", type=int, default=32, help="problems at a time, default %(default)s")
-    methods.size_arguments(parser)
-    parser.add_argument("--batch", type=int, default=64, help="sequences decoded at once, default %(default)s")
-    parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args(argv)
 
 
-def prepare(options: argparse.Namespace) -> tuple[Run, list[Plan]]:
-    """What the command asks for.
-
-    Raises:
-        ValueError: options that are not possible. OSError: there is no such model.
-    """
-    for name in ("problems", "concurrency", "batch", "threads"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: expected 1 or more")
-    from transformers import AutoTokenizer
-
-    from benchmarks.reasoner.task import eval_problem
-
-    low, high = line_range(options.lines)
-    problems = [eval_problem(options.first + i, low, high) for i in range(options.problems)]
-    model = load(options.model)
-    run = Run(options, model, AutoTokenizer.from_pretrained(options.model), problems)
-    held = methods.held_bytes(options.model, map(sum, run.ends))
-    sizes = methods.pool_sizes(options, held) if options.share or options.pool_bytes else []
-    return run, plan(methods.names(options.methods), run.model.config, sizes, len(problems))
+def arguments(parser: argparse.ArgumentParser) -> None:
+    problem_arguments(parser, 200)
+    numbers(parser, concurrency=(32, "problems at a time"), threads=(2, "of PyTorch"))
+    budgets_arguments(parser)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
-    try:
-        run, rows = prepare(options)
-        torch.set_num_threads(options.threads)
-        drop = ("share", "pool_bytes", "problems", "threads")
-        results = Results(options.out, "offline", methods.config(options, drop=drop), argv)
-    except (OSError, ValueError) as error:
-        print(f"pmkvq bench offline: {error}", file=sys.stderr)
-        return 2
-    for row in tqdm(rows, unit="row"):
-        if results.has(row.key):
-            continue
-        try:
-            results.add(row.key, **run.measure(row))
-        except TooFewBytes as error:
-            results.missing(row.key, str(error))
-    results.order(row.key for row in rows)
-    print(table({"rows": results.rows}))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+FREE = ("share", "budget_bytes", "problems", "lines", "threads")
+METHODS = "16bit,static-8,static-4,static-2,kivi-4,kivi-2,kivi-2@bytes"
+EXPERIMENT = Experiment("offline", __doc__, plan, rows_table, arguments, METHODS, "results/offline.json", FREE)
+main = EXPERIMENT.main

@@ -2,37 +2,29 @@
 
     pmkvq bench prefix --pool-bytes 12MiB --contexts 16 --turns 96 --out benchmarks/results/prefix.json
 
-A context is a program of the bundled reasoning task; each turn asks it for another of its last variables, so turns
-of one context share the program and nothing else. Which context comes next is drawn by Zipf's law (``--order zipf``,
-rank r has weight 1/r) or goes round (``--order round``, the worst case of an LRU cache). Finished chains stay in the
-radix tree like everything else, and compete with the programs. Every answer is checked by the program.
-
-Hit rate is cached over prompt tokens; *of returns* leaves out each context's first turn, which nothing can hit. A hit
-is a prompt of which at least half was cached. It reads pages as they are: a *cold* hit is one of whose pages some were
-below 16 bits when its answer ended, and its lowest and mean bits are the request's own (``pmkvq_kv_bits``).
-``16bit`` has memory for everything. Each method and seed is a server of its own, one after the other.
+A context is a program of the bundled task; each turn asks it for another of its last variables. Which one comes next
+is drawn by Zipf's law (``--order zipf``, rank r has weight 1/r) or goes round (``--order round``, the worst case of an
+LRU cache). *Of returns* leaves out each context's first turn, which nothing can hit. A hit is a prompt of which at
+least half was cached, a *cold* one read pages below 16 bits. ``16bit`` has memory for everything.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import random
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
-from tqdm import tqdm
-
-from benchmarks.methods import Method, arguments, config, extra_args, label, methods
-from benchmarks.pressure import prompt_ids
+from benchmarks.harness import experiment
+from benchmarks.harness.experiment import Experiment, Job
+from benchmarks.harness.methods import Method, methods
+from benchmarks.harness.results import Result, Results, Row, measured, table, unmeasured
+from benchmarks.harness.servers import greedy, stream_many
+from benchmarks.harness.stats import median, wilson
+from benchmarks.harness.tasks import prompt_ids
 from benchmarks.reasoner.task import EVAL_SEED_START, Problem, check, make_problem, render
-from benchmarks.result import Results, wilson
-from benchmarks.serving import Server, ServerFailed, serve, stream
-from sglang_pmkvq.serving.config import parse_size
 
 # The task asks for one of a program's last variables, and nothing else did the model learn.
 QUESTIONS = 8
@@ -79,30 +71,6 @@ def trace(contexts: int, turns: int, lines: int, order: str, seed: int) -> list[
     return out
 
 
-async def replay(
-    server: Server, prompts: Sequence[list[int]], turns: Sequence[Turn], concurrency: int, bar: tqdm[Any]
-) -> list[tuple[float, dict[str, Any]]]:
-    """Seconds to the first token and the answer of every turn, ``concurrency`` at a time, in the order of the trace."""
-    gate = asyncio.Semaphore(concurrency)
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=3600)) as session:
-
-        async def one(prompt: list[int], turn: Turn) -> tuple[float, dict[str, Any]]:
-            body = {
-                "input_ids": prompt,
-                "sampling_params": {
-                    "temperature": 0,
-                    "max_new_tokens": turn.problem.chain_tokens + 32,
-                    "custom_params": {"pmkvq_kv_bits": True},
-                },
-            }
-            async with gate:
-                got = await stream(session, server.url, body)
-            bar.update()
-            return got
-
-        return list(await asyncio.gather(*map(one, prompts, turns)))
-
-
 def figures(turns: Sequence[Turn], answers: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
     """Hit rates, times to the first token, and right answers, of all turns and of cold hits.
 
@@ -137,13 +105,13 @@ def figures(turns: Sequence[Turn], answers: Sequence[tuple[float, dict[str, Any]
         "hit_rate": hit_rate(rows),
         "hit_rate_of_returns": hit_rate(back),
         "hit_rate_by_part": [hit_rate(rows[i : i + size]) for i in range(0, len(rows), size)],
-        "ttft_p50_ms": middle([row["ttft_ms"] for row in rows]),
-        "ttft_hit_p50_ms": middle([row["ttft_ms"] for row in hits]),
-        "ttft_miss_p50_ms": middle([row["ttft_ms"] for row in rows if 2 * row["cached"] < row["prompt"]]),
+        "ttft_p50_ms": median([row["ttft_ms"] for row in rows]),
+        "ttft_hit_p50_ms": median([row["ttft_ms"] for row in hits]),
+        "ttft_miss_p50_ms": median([row["ttft_ms"] for row in rows if 2 * row["cached"] < row["prompt"]]),
         **share("all", rows),
         **share("cold", cold),
         "cold_lowest_bits": min((row["lowest"] for row in cold), default=None),
-        "cold_mean_bits": middle([row["mean"] for row in cold]),
+        "cold_mean_bits": median([row["mean"] for row in cold]),
     }
 
 
@@ -152,130 +120,101 @@ def hit_rate(rows: Sequence[dict[str, Any]]) -> float | None:
     return round(sum(row["cached"] for row in rows) / prompt, 4) if prompt else None
 
 
-def middle(values: Sequence[float]) -> float | None:
-    return round(statistics.median(values), 2) if values else None
-
-
 def share(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Right answers among ``rows``, with a 95 % interval."""
     right = sum(row["right"] for row in rows)
     return {f"{name}_answers": len(rows), f"{name}_right": right, f"{name}_confidence95": wilson(right, len(rows))}
 
 
-def measure(method: Method, options: argparse.Namespace, seed: int, bar: tqdm[Any]) -> dict[str, Any]:
-    """One replay on a fresh server.
+def measure(method: Method, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One replay on a fresh server, the turns in order.
 
     Raises:
         ServerFailed: it did not start. RuntimeError: it logged an error, or an answer is not whole.
     """
     turns = trace(options.contexts, options.turns, options.lines, options.order, seed)
     prompts, _ = prompt_ids(options.model, [turn.problem for turn in turns])
-    args = method.server_args(options.model, parse_size(options.pool_bytes), options.concurrency, options.chunk)
-    with serve(options.model, [*args, *extra_args(options)], quant=method.quant) as server:
+    bodies = [greedy(p, t.problem.chain_tokens + 32, bits=True) for p, t in zip(prompts, turns, strict=True)]
+    budget = None if method.unbounded else experiment.the_budget(options)
+    with experiment.serve_method(options, method, budget, options.concurrency) as server:
         # The first request of a server is slow.
-        server.generate(input_ids=prompts[0], sampling_params={"max_new_tokens": 16})
+        server.generate(**greedy(prompts[0], 16))
         server.flush()
         server.mark()
-        answers = asyncio.run(replay(server, prompts, turns, options.concurrency, bar))
-        errors = server.errors(since_mark=True)
-        if errors:
-            raise RuntimeError(f"{method.name}: the server logged {errors[:3]}")
-        info = server.info()
+        answers = stream_many(server, bodies, options.concurrency)
+        server.check_log(method.name)
         out = {**figures(turns, answers), "retractions": server.retracted(), "running_peak": server.peak_running()}
-        if method.quant:
-            pool = info["internal_states"][0]["pmkvq"]
-            return {
-                **out,
-                "logical_tokens": pool["logical_tokens"],
-                "shrinks": sum(pool["shrinks"].values()),
-                "evict_requests": pool["evict_requests"],
-                "effective_bits_avg": pool["effective_bits_avg"],
-            }
-        return {**out, "logical_tokens": info["max_total_num_tokens"]}
+        if not method.quant:
+            return {**out, "logical_tokens": server.info()["max_total_num_tokens"]}
+        pool = server.pool()
+        wanted = ("logical_tokens", "evict_requests", "effective_bits_avg")
+        return {**out, **{name: pool[name] for name in wanted}, "shrinks": sum(pool["shrinks"].values())}
 
 
-def table(result: dict[str, Any]) -> str:
+def plan(options: argparse.Namespace, results: Results) -> list[Job]:
+    if not QUESTIONS <= options.lines < 255:
+        raise ValueError(f"--lines {options.lines}: expected {QUESTIONS} to 254")
+    experiment.the_budget(options)  # refuses a wrong one before anything runs
+
+    def job(method: Method, seed: int) -> Job:
+        key = {"method": method.name, "seed": seed}
+        return Job.row(key, lambda: measure(method, options, seed), method.name)
+
+    wanted = methods(options.methods)
+    return [job(method, options.seed + repeat) for repeat in range(options.repeats) for method in wanted]
+
+
+def rows_table(result: Result) -> str:
     """The rows as Markdown, one per method; several seeds are added up, times are medians."""
-    lines = [
-        "| method | logical tokens | hit rate | of returns | by quarter of the trace | TTFT ms: hits, misses "
-        "| right | of cold hits | their bits: lowest, mean |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    by_method: dict[str, list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        if "missing" not in row:
-            by_method.setdefault(label(row["key"]["method"]), []).append(row)
+    by_method: dict[str, list[Row]] = {}
+    for row in measured(result):
+        by_method.setdefault(row["key"]["method"], []).append(row)
 
-    def center(rows: Sequence[dict[str, Any]], key: str, form: str = ".0f") -> str:
+    def center(rows: Sequence[Row], key: str, form: str = ".0f") -> str:
         values = [row[key] for row in rows if row[key] is not None]
         return format(statistics.median(values), form) if values else "-"
 
-    def right(rows: Sequence[dict[str, Any]], name: str) -> str:
+    def right(rows: Sequence[Row], name: str) -> str:
         good, n = sum(r[f"{name}_right"] for r in rows), sum(r[f"{name}_answers"] for r in rows)
         low, high = wilson(good, n)
         return f"{good}/{n} ({100 * low:.0f}-{100 * high:.0f} %)" if n else "-"
 
-    for name, rows in by_method.items():
+    def average(values: Sequence[float | None]) -> float:
+        return statistics.fmean(value or 0 for value in values)
+
+    def pooled(name: str, rows: Sequence[Row]) -> Row:
         parts = zip(*(row["hit_rate_by_part"] for row in rows), strict=True)
-        lowest = [row["cold_lowest_bits"] for row in rows if row["cold_lowest_bits"] is not None]
-        lines.append(
-            f"| {name} | {rows[0]['logical_tokens']:,} | {100 * statistics.fmean(r['hit_rate'] for r in rows):.1f} % "
-            f"| {100 * statistics.fmean(r['hit_rate_of_returns'] or 0 for r in rows):.1f} % "
-            f"| {', '.join(f'{100 * statistics.fmean(part):.0f}' for part in parts)} "
-            f"| {center(rows, 'ttft_hit_p50_ms')}, {center(rows, 'ttft_miss_p50_ms')} | {right(rows, 'all')} "
-            f"| {right(rows, 'cold')} | {min(lowest) if lowest else '-'}, {center(rows, 'cold_mean_bits', '.1f')} |"
-        )
-    lost = [f"Missing: {label(row['key']['method'])}: {row['missing']}" for row in result["rows"] if "missing" in row]
-    return "\n".join([*lines, *(["", *lost] if lost else [])])
+        return {
+            "method": name,
+            "logical_tokens": rows[0]["logical_tokens"],
+            "hits": average([r["hit_rate"] for r in rows]),
+            "returns": average([r["hit_rate_of_returns"] for r in rows]),
+            "parts": ", ".join(f"{100 * average(part):.0f}" for part in parts),
+            "ttft": f"{center(rows, 'ttft_hit_p50_ms')}, {center(rows, 'ttft_miss_p50_ms')}",
+            "all": right(rows, "all"),
+            "cold": right(rows, "cold"),
+            "lowest": min((r["cold_lowest_bits"] for r in rows if r["cold_lowest_bits"]), default=None),
+            "mean": center(rows, "cold_mean_bits", ".1f"),
+        }
+
+    return table(
+        [*(pooled(*group) for group in by_method.items()), *unmeasured(result)],
+        "method | logical tokens | hit rate | of returns | by quarter of the trace | TTFT ms: hits, misses | right "
+        "| of cold hits | their bits: lowest, mean",
+        "{method:m} | {logical_tokens:,} | {hits:.1%} | {returns:.1%} | {parts} | {ttft} | {all} | {cold} "
+        "| {lowest}, {mean}",
+    )
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """Raises:
-    ValueError: a value outside its range."""
-    for name in ("contexts", "turns", "concurrency", "repeats"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: expected a positive number")
-    if not QUESTIONS <= options.lines < 255:
-        raise ValueError(f"--lines {options.lines}: expected {QUESTIONS} to 254")
-    parse_size(options.pool_bytes)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments(parser, "stock,age-2,age-4,static-4,static-2,16bit", "benchmarks/results/prefix.json")
-    parser.add_argument("--pool-bytes", default="12MiB", help="KV bytes of every server, default %(default)s")
-    parser.add_argument("--contexts", type=int, default=16, help="programs, default %(default)s")
-    parser.add_argument("--turns", type=int, default=96, help="questions, default %(default)s")
-    parser.add_argument("--lines", type=int, default=64, help="lines of each program, default %(default)s")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    experiment.server_arguments(parser, chunk=256)
+    experiment.budget_argument(parser, "12MiB")
     parser.add_argument("--order", choices=("zipf", "round"), default="zipf", help="default %(default)s")
-    parser.add_argument("--concurrency", type=int, default=4, help="requests at a time, default %(default)s")
-    parser.add_argument("--repeats", type=int, default=1, help="seeds from --seed on, default %(default)s")
-    parser.add_argument("--chunk", type=int, default=256, help="--chunked-prefill-size of every server")
-    options = parser.parse_args(argv)
-    try:
-        check_options(options)
-        wanted = methods(options.methods)
-        results = Results(options.out, "prefix", config(options, drop=("repeats",)), argv)
-    except ValueError as error:
-        print(f"pmkvq bench prefix: {error}", file=sys.stderr)
-        return 2
-    keys = [
-        ({"method": method.name, "seed": options.seed + repeat}, method)
-        for repeat in range(options.repeats)
-        for method in wanted
-    ]
-    todo = [(key, method) for key, method in keys if not results.has(key)]
-    with tqdm(total=options.turns * len(todo), unit="turn", disable=None) as bar:
-        for key, method in todo:
-            bar.set_description(method.name)
-            try:
-                results.add(key, **measure(method, options, key["seed"], bar))
-            except ServerFailed as error:
-                results.missing(key, error.reason)
-    results.order(key for key, _ in keys)
-    print(table({**results.head, "rows": results.rows}))
-    return 0
+    experiment.numbers(parser, contexts=(16, "programs"), turns=(96, "questions"), lines=(64, "lines of each program"))
+    experiment.numbers(parser, concurrency=(4, "requests at a time"), repeats=(1, "seeds from --seed on"))
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+OUT = "benchmarks/results/prefix.json"
+METHODS = "stock,age-2,age-4,static-4,static-2,16bit"
+EXPERIMENT = Experiment("prefix", __doc__, plan, rows_table, arguments, METHODS, OUT, ("repeats",))
+main = EXPERIMENT.main

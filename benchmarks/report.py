@@ -2,40 +2,40 @@
 
     pmkvq report benchmarks/results --out docs/results
 
-Writes ``report.md``, one PNG per picture, and ``report.html``, which holds everything in one file. Sections whose
-result files are not there are listed as missing. Colours are those of Okabe and Ito (told apart by colour-blind
-readers); every line and point has a marker of its own too.
+Writes ``report.md``, one PNG per picture, and ``report.html``, which holds everything in one file. Experiments whose
+result files are not there are listed as missing. A test compares the committed page with what this makes, so no figure
+of it can be older than its result file.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import html
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from benchmarks import accuracy, kld, offline, prefix, serve
-from benchmarks.methods import label
+import tomllib
+from matplotlib.figure import Figure
+
+from benchmarks import accuracy, calibration, kld, offline, prefix, serve
+from benchmarks.checks.__main__ import ALL as CHECKS
+from benchmarks.harness.figures import line, log2_axis, new_figure, style
+from benchmarks.harness.methods import label
+from benchmarks.harness.results import Result, Row, markdown, measured, table
 from benchmarks.programs import __main__ as programs
-from benchmarks.result import markdown as table_of
+from sglang_pmkvq import artifact
+from sglang_pmkvq.calib import show
+from sglang_pmkvq.timeline import read_timeline
+from sglang_pmkvq.tools import report as timelines
+from sglang_pmkvq.tools.cli import BENCHES
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Result = dict[str, Any]
-# File name without ending, what it shows, figure.
-Picture = tuple[str, str, "Figure"]
-
-# Okabe and Ito, "Color Universal Design" (2008), without yellow, which is too light for lines.
-PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# File name without ending, what it shows, figure or a file that is there.
+Picture = tuple[str, str, Figure | Path]
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Section:
     """One part of the page.
 
     Attributes:
-        title: heading.
+        title: heading; none for what stands before the first one.
         text: Markdown paragraphs and tables.
     """
 
@@ -54,31 +54,16 @@ class Section:
 
 @dataclass(frozen=True)
 class Kind:
-    """How result files of one benchmark are shown; pictures may use the results of the others in the folder."""
+    """How result files of one experiment are shown.
 
-    title: str
-    text: str
+    Attributes:
+        more: a further table, from this result and all others of the folder.
+        pictures: from the file's name without ending, this result, and all others.
+    """
+
     table: Callable[[Result], str]
-    pictures: Callable[[str, Result, dict[str, Result]], list[Picture]]
-    more: Callable[[Result, dict[str, Result]], str] = lambda result, others: ""
-
-
-def new_figure(width: float = 8.0, height: float = 4.2, columns: int = 1, **axes: Any) -> tuple[Figure, Any]:
-    """A figure with one row of axes, readable at page width."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
-    made = figure.subplots(1, columns, squeeze=False, **axes)[0]
-    for axis in made:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#e3e3e3", linewidth=0.8)
-        axis.set_axisbelow(True)
-    return figure, made if columns > 1 else made[0]
-
-
-def style(index: int) -> dict[str, Any]:
-    """Colour and marker of the series number ``index``."""
-    return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
+    more: Callable[[Result, Sequence[Result]], str] = lambda result, others: ""
+    pictures: Callable[[str, Result, Sequence[Result]], list[Picture]] = lambda stem, result, others: []
 
 
 # A point of a divergence curve says little where fewer positions are behind it.
@@ -90,6 +75,8 @@ FILLS = {"calibrated": "none", "rotated": "bottom"}
 def family(method: str) -> str:
     """Methods that differ in width only are one series: ``age-2`` and ``age-4`` are ``age``."""
     policy = method.partition("-")[0]
+    if policy == "kivi":
+        return "KIVI, offline"
     if method.endswith(".safetensors"):
         return f"{policy}, calibrated"
     if "-hadamard" in method:
@@ -108,41 +95,31 @@ class Point:
     mean_bits: float
 
 
-def _served(result: Result) -> list[Point]:
+def _points(result: Result, only: str = "") -> list[Point]:
+    """Methods whose name begins with ``only``, of the rows with most problems."""
     found = accuracy.groups(result)
-    full = [rows[0] for (name, _, _), rows in found.items() if name == "16bit"]
+    most = max((problems for _, _, problems in found), default=0)
+    found = {key: rows for key, rows in found.items() if key[2] == most}
+    full = next((rows[0] for (name, _, _), rows in found.items() if name == "16bit"), {})
+    if any("used_bytes_peak" not in row for row in (full, *(row for rows in found.values() for row in rows))):
+        return []
     points = []
-    for (name, _, _), rows in found.items() if full else ():
-        low, high = accuracy.interval(rows)
-        peak = 16 * max(row["used_bytes_peak"] for row in rows) / full[0]["used_bytes_peak"]
-        mean = sum(row["effective_bits_avg"] for row in rows) / len(rows)
-        value = 100 * float(accuracy.correctness(rows).mean())
-        points.append(Point(family(name), value, (100 * low, 100 * high), peak, mean))
+    for (name, _, _), rows in found.items():
+        if name.startswith(only):
+            low, high = accuracy.interval(rows)
+            peak = 16 * max(row["used_bytes_peak"] for row in rows) / full["used_bytes_peak"]
+            bits = sum(row["effective_bits_avg"] for row in rows) / len(rows)
+            value = 100 * float(accuracy.correctness(rows).mean())
+            points.append(Point(family(name), value, (100 * low, 100 * high), peak, bits))
     return points
 
 
-def _offline(result: Result) -> list[Point]:
-    """KIVI only, its rows of most problems: the other offline rows repeat what servers measured."""
-    rows = [row for row in result["rows"] if "missing" not in row]
-    most = max((row["key"]["problems"] for row in rows), default=0)
-    rows = [row for row in rows if row["key"]["problems"] == most]
-    full = [row for row in rows if row["key"]["method"] == "16bit"]
-    points = []
-    for row in rows if full else ():
-        if row["key"]["method"].startswith("kivi"):
-            low, high = row["confidence95"]
-            peak = 16 * row["used_bytes_peak"] / full[0]["used_bytes_peak"]
-            interval = (100 * low, 100 * high)
-            points.append(Point("KIVI, offline", 100 * row["accuracy"], interval, peak, row["effective_bits_avg"]))
-    return points
-
-
-def _frontier(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]:
-    """Accuracy over bits: of the bytes at their peak, and of the mean over the run."""
-    points = _served(result)
+def _frontier(stem: str, result: Result, others: Sequence[Result]) -> list[Picture]:
+    """Accuracy over bits: of the bytes at their peak, and of the mean over the run; KIVI from the offline files."""
+    points = _points(result)
     if len({point.family for point in points}) < 3:  # no frontier
         return []
-    points += _offline(others["offline"]) if "offline" in others else []
+    points += [point for other in others if other["benchmark"] == "offline" for point in _points(other, "kivi")]
     figure, (left, right) = new_figure(9.5, 4.4, 2, sharey=True)
     names = sorted(dict.fromkeys(p.family for p in points))
     kinds = list(dict.fromkeys(name.partition(", ")[0] for name in names))
@@ -155,39 +132,33 @@ def _frontier(stem: str, result: Result, others: dict[str, Result]) -> list[Pict
         for axis, x in ((left, [p.peak_bits for p in own]), (right, [p.mean_bits for p in own])):
             axis.errorbar(x, y, spread, linestyle="none", elinewidth=1, capsize=2, label=name, **look)
     for axis, what in ((left, "peak bytes, as bits (16 = the 16-bit cache's peak)"), (right, "effective bits, mean")):
-        axis.set_xscale("log", base=2)
-        axis.set_xlim(1.8, 18)
-        axis.set_xticks([2, 4, 8, 16], labels=["2", "4", "8", "16"])
-        axis.minorticks_off()
-        axis.set_xlabel(what)
-    left.set_ylabel("right answers (%), 95 % interval")
-    left.set_ylim(0, 102)
+        log2_axis(axis, [2, 4, 8, 16])
+        axis.set(xlim=(1.8, 18), xlabel=what)
+    left.set(ylabel="right answers (%), 95 % interval", ylim=(0, 102))
     right.legend(frameon=False, fontsize=9, loc="lower right")
     return [(f"{stem}_frontier", "Right answers over the bits of the cache, at its peak and on average", figure)]
 
 
-def _divergence(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]:
+def _divergence(stem: str, result: Result, others: Sequence[Result]) -> list[Picture]:
     """Mean KL over context length, one line per row."""
-    figure, axis = new_figure()
-    rows = [row for row in result["rows"] if "missing" not in row]
-    pools = {row["key"]["pool_bytes"] for row in rows if row["key"]["pool_bytes"]}
+    figure, (axis,) = new_figure()
+    rows = measured(result)
+    pools = {row["key"]["budget_bytes"] for row in rows if row["key"]["budget_bytes"]}
     for index, row in enumerate(rows):
-        name, pool = label(row["key"]["method"]), row["key"]["pool_bytes"]
+        name, pool = label(row["key"]["method"]), row["key"]["budget_bytes"]
         text = f"{name}, {pool / 2**20:.0f} MiB" if pool and len(pools) > 1 else name
         text = "16 bits again (control)" if name == "16bit" else text
         curve = [point for point in row["curve"] if point["positions"] >= LEAST_POSITIONS] or row["curve"]
         x = [(point["context_from"] + point["context_to"]) / 2 for point in curve]
         # Zero cannot stand on a logarithmic axis; it is drawn at the bottom.
         y = [max(point["kl_mean"], 1e-10) for point in curve]
-        axis.plot(x, y, linewidth=1.6, markersize=5, label=text, **style(index))
-    axis.set_yscale("log")
-    axis.set_xlabel("context (tokens)")
-    axis.set_ylabel("mean KL divergence from 16 bits (nats)")
+        axis.plot(x, y, label=text, **line(index))
+    axis.set(yscale="log", xlabel="context (tokens)", ylabel="mean KL divergence from 16 bits (nats)")
     figure.legend(frameon=False, fontsize=9, ncols=4, loc="outside upper left")
     return [(f"{stem}_length", "Divergence from 16 bits over context length", figure)]
 
 
-def _throughput(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]:
+def _throughput(stem: str, result: Result, others: Sequence[Result]) -> list[Picture]:
     """Output tokens per second over concurrency, a panel per profile."""
     entries = serve.summary(result)
     profiles = list(dict.fromkeys(entry["profile"] for entry in entries))
@@ -195,37 +166,31 @@ def _throughput(stem: str, result: Result, others: dict[str, Result]) -> list[Pi
     if not entries:
         return []
     figure, axes = new_figure(4.6 * len(profiles), 4.0, len(profiles), sharex=True)
-    axes = [axes] if len(profiles) == 1 else list(axes)
     for axis, profile in zip(axes, profiles, strict=True):
         for index, name in enumerate(names):
             own = sorted(
                 (e["concurrency"], e["output_tok_s"]) for e in entries if (e["profile"], e["method"]) == (profile, name)
             )
-            axis.plot(*zip(*own, strict=True), linewidth=1.6, markersize=5, label=label(name), **style(index))
-        axis.set_xscale("log", base=2)
-        ticks = sorted({e["concurrency"] for e in entries})
-        axis.set_xticks(ticks, labels=list(map(str, ticks)))
-        axis.minorticks_off()
-        axis.set_ylim(bottom=0)
+            axis.plot(*zip(*own, strict=True), label=label(name), **line(index))
+        log2_axis(axis, sorted({e["concurrency"] for e in entries}))
         axis.set_title(profile, loc="left", fontsize=11)
-        axis.set_xlabel("requests at a time")
-    axes[0].set_ylabel("output tokens per second")
+        axis.set(xlabel="requests at a time")
+        axis.set_ylim(bottom=0)
+    axes[0].set(ylabel="output tokens per second")
     axes[0].legend(frameon=False, fontsize=9)
     return [(f"{stem}_throughput", "Throughput over concurrency, all in the same KV bytes", figure)]
 
 
-def _hits(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]:
+def _hits(stem: str, result: Result, others: Sequence[Result]) -> list[Picture]:
     """Hit rate over the trace, seeds averaged."""
-    rows = [row for row in result["rows"] if "missing" not in row]
-    figure, axis = new_figure(7.0, 3.8)
+    rows = measured(result)
+    figure, (axis,) = new_figure(7.0, 3.8)
     for index, name in enumerate(dict.fromkeys(row["key"]["method"] for row in rows)):
         parts = [row["hit_rate_by_part"] for row in rows if row["key"]["method"] == name]
         y = [100 * sum(part) / len(part) for part in zip(*parts, strict=True)]
-        axis.plot(range(1, len(y) + 1), y, linewidth=1.6, markersize=5, label=label(name), **style(index))
+        axis.plot(range(1, len(y) + 1), y, label=label(name), **line(index))
         axis.set_xticks(range(1, len(y) + 1))
-    axis.set_ylim(0, 100)
-    axis.set_xlabel("part of the trace")
-    axis.set_ylabel("prompt tokens found in the cache (%)")
+    axis.set(ylim=(0, 100), xlabel="part of the trace", ylabel="prompt tokens found in the cache (%)")
     axis.legend(frameon=False, fontsize=9)
     return [(f"{stem}_hits", "What the prefix cache keeps", figure)]
 
@@ -237,205 +202,203 @@ def _by_pool(result: Result) -> str:
     """
     order = ("16bit", "stock", "stock-fp8", "age", "uniform", "static")
 
-    def place(row: dict[str, Any]) -> tuple[int, int]:
+    def place(row: Row) -> tuple[int, int]:
         return order.index(family(row["key"]["method"]).partition(", ")[0]), -row.get("right", 0)
 
+    by_size: dict[int, list[Row]] = {}
     rows = sorted(result["rows"], key=place)
-    sizes = sorted({row["key"]["pool_bytes"] for row in rows if row["key"]["method"] != "16bit"}) or [None]
+    full = [row for row in rows if row["key"]["method"] == "16bit"]
+    for row in rows[len(full) :]:
+        by_size.setdefault(row["key"]["budget_bytes"], []).append(row)
     tables = []
-    for size in sizes:
-        own = [
-            row
-            for row in rows
-            if (size == sizes[0] if row["key"]["method"] == "16bit" else row["key"]["pool_bytes"] == size)
-        ]
+    for size in sorted(by_size) or [0]:
+        own = [*full, *by_size.get(size, [])]
+        full = []
         static = [row["key"]["method"] for row in own if re.fullmatch("static-[842]", row["key"]["method"])]
-        tables.append(accuracy.table({"rows": own}, static[0] if static else None))
+        tables.append(accuracy.rows_table({**result, "rows": own, "baseline": static[0] if static else None}))
     return "\n\n".join(tables)
 
 
-def _served_against_kivi(result: Result, others: dict[str, Result]) -> str:
-    """Served methods of the smallest pool against KIVI at 2 bits, on the same problems."""
-    served = others.get("accuracy")
-    alike = ("first", "lines", "model")
-    if not served or any(served["config"].get(k) != result["config"].get(k) for k in alike):
-        return ""
-    groups = accuracy.groups(served)
-    smallest = min((pool for name, pool, _ in groups if name != "16bit"), default=0)
-    kivi = [row for row in result["rows"] if row["key"]["method"].startswith("kivi-2") and "missing" not in row]
-    lines = [
-        [label(name), *(accuracy.against(rows, [row]) for row in kivi)]
-        for (name, pool, problems), rows in groups.items()
-        if pool == smallest and kivi and all(row["problems"] == problems for row in kivi)
+def _served_against_kivi(result: Result, others: Sequence[Result]) -> str:
+    """Served methods of a file's smallest pool against KIVI at 2 bits, on the same problems."""
+    kivi = [row for row in measured(result) if row["key"]["method"].startswith("kivi-2")]
+    asked = {**result["config"], "server_args": "", "lines": kivi[0]["key"]["lines"]} if kivi else {}
+    lines = []
+    for served in others if kivi else ():
+        alike = all(served["config"].get(name) == asked[name] for name in ("first", "lines", "model", "server_args"))
+        if served["benchmark"] == "accuracy" and alike:
+            groups = accuracy.groups(served)
+            smallest = min((pool for name, pool, _ in groups if name != "16bit"), default=0)
+            lines += [
+                [label(name), *(accuracy.against(rows, [row]) for row in kivi)]
+                for (name, pool, problems), rows in groups.items()
+                if pool == smallest and all(row["problems"] == problems for row in kivi)
+            ]
+    return markdown(["served, points against", *(row["key"]["method"] for row in kivi)], lines) if lines else ""
+
+
+# -- files that other scripts write --------------------------------------------------------------------------
+
+
+def _ledger(result: Result) -> str:
+    text = table(
+        result["rows"],
+        "groups | logical tokens | shrinks per step | µs p20 | µs p50 | µs p80 | CPU µs p50",
+        "{groups} | {logical_tokens:,} | {shrinks_per_step_mean} | {append_drain_us[p20]} | {append_drain_us[p50]} "
+        "| {append_drain_us[p80]} | {append_drain_cpu_us[p50]}",
+    )
+    return (
+        f"{result['cpu']}; an empty Python loop costs {result['empty_loop_ns']} ns per turn; load average "
+        f"{result['load_average_at_end']:.1f} at the end.\n\n{text}"
+    )
+
+
+def _horizon(result: Result) -> str:
+    fragmentation = (f"{100 * result[f'fragmentation_{key}']:.2f} %" for key in ("mean", "max", "end"))
+    rows = [
+        ("events, forwards", f"{result['events']:,}, {result['ticks']:,}"),
+        ("pages born, shrinks, moves", f"{result['born']:,}, {result['shrinks']:,}, {result['moves']:,}"),
+        ("fragmentation, share of the arena: mean, highest, at the end", ", ".join(fragmentation)),
+        ("superblocks moved per born page", f"{result['moved_per_born']:.3f}"),
+        ("CPU µs per event: first tenth, last tenth", f"{result['us_first_tenth']:.1f}, {result['us_last_tenth']:.1f}"),
+        ("resident MiB: after 2 %, at the end", f"{result['blocks'][1]['rss_mib']}, {result['blocks'][-1]['rss_mib']}"),
     ]
-    head = ["served, points against", *(row["key"]["method"] for row in kivi)]
-    return table_of(head, lines) if lines else ""
+    return markdown(["what", "figure"], rows)
 
 
-def _none(stem: str, result: Result, others: dict[str, Result]) -> list[Picture]:
-    return []
+def _compiled(result: Result) -> str:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for name, row in result["kernels"].items():
+        kernel, arch = name.split("-")[:2]
+        groups.setdefault((kernel, arch), []).append({**row, "kib": -(-row["shared"] // 1024)})
 
+    def span(values: list[int]) -> str:
+        return str(values[0]) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+    head = ["kernel", "for", "configurations", "registers", "spilled instructions", "shared memory, KiB", "tensor-core"]
+    figures = ("registers", "spills", "kib", "mma")
+    lines = [
+        [*name, len(rows), *(span([row[figure] for row in rows]) for figure in figures)]
+        for name, rows in sorted(groups.items())
+    ]
+    return markdown(head, lines)
+
+
+# -- sections ------------------------------------------------------------------------------------------------
 
 KINDS: dict[str, Kind] = {
-    "accuracy": Kind(
-        "Accuracy at equal bytes",
-        "Right answers through the decode path of real servers. Rows of one pool size had the same bytes; `16bit` had "
-        "all it needs. *Peak* and *mean* are bytes of mapped pages; ours count finished answers that the prefix cache "
-        "still holds, stock's (from its log) do not. *At the end* is the mean width of a request's KV when its answer "
-        "was complete. Speed is measured by `serve`.",
-        _by_pool,
-        _frontier,
-    ),
-    "offline": Kind(
-        "KIVI, offline",
-        "Greedy decoding in plain PyTorch over a cache that is quantized as each method does; all bytes counted. "
-        "`16bit` and `static` stand here to compare this harness with the servers. KIVI-n: keys per channel in groups "
-        "of 32 tokens, values per token in groups of 32 channels, 128 recent tokens at 16 bits; with a size, the "
-        "recent part is as long as the bytes allow.",
-        offline.table,
-        _none,
-        _served_against_kivi,
-    ),
-    "kld": Kind(
-        "Divergence from 16 bits over context length",
-        "KL(16 bits ‖ method) in nats on identical tokens, each fed through the decode path of a real server. "
-        f"The picture leaves out ranges of context with fewer than {LEAST_POSITIONS} positions.",
-        kld.table,
-        _divergence,
-    ),
-    "serve": Kind(
-        "Throughput and latency at equal bytes",
-        "SGLang's own client; the servers of all methods up at the same time, measured in turn. Ratios are made within "
-        "one repeat: median (lowest to highest).",
-        serve.table,
-        _throughput,
-    ),
-    "prefix": Kind(
-        "Prefix cache at equal bytes",
-        "Contexts that come back with a new question. *Cold hits* found their prefix at less than 16 bits.",
-        prefix.table,
-        _hits,
-    ),
-    "programs": Kind(
-        "Programs in SGLang's frontend language",
-        "`sgl.function` programs that fork and join. *Bits* are of the shared prefix's cached pages when the program "
-        "ends.",
-        programs.table,
-        _none,
-    ),
+    "accuracy": Kind(_by_pool, pictures=_frontier),
+    "offline": Kind(offline.rows_table, _served_against_kivi),
+    "kld": Kind(kld.rows_table, pictures=_divergence),
+    "serve": Kind(serve.rows_table, pictures=_throughput),
+    "prefix": Kind(prefix.rows_table, pictures=_hits),
+    "programs": Kind(programs.rows_table),
+    "calibration": Kind(calibration.rows_table),
+    **{e.name: Kind(e.table) for e in CHECKS},
+    "ledger": Kind(_ledger),
+    "horizon": Kind(_horizon),
+    "kernels_aot": Kind(_compiled),
 }
+# Title and text of each kind.
+TEXTS: dict[str, dict[str, str]] = tomllib.loads((Path(__file__).parent / "page.toml").read_text())
 
 
-# Methods in the README, in its order.
-HEADLINE = ("16bit", "stock", "age-k4v2", "age-2-hadamard", "age-2", "static-2")
-
-
-def headline(result: Result) -> str:
-    """The README's rows of an accuracy file: methods of ``HEADLINE`` that had the smallest pool, and 16 bits."""
-    groups = accuracy.groups(result)
-    smallest = min(pool for _, pool, _ in groups)
-    shown = [key for key in groups if key[0] in HEADLINE and (key[1] == smallest or key[0] == "16bit")]
-    lines = []
-    for name, pool, problems in sorted(shown, key=lambda key: HEADLINE.index(key[0])):
-        rows = groups[name, pool, problems]
-        low, high = accuracy.interval(rows)
-        bits = sum(row["effective_bits_avg"] for row in rows) / len(rows)
-        right = f"{sum(row['right'] for row in rows)}/{problems * len(rows)}"
-        lines.append([name, f"{pool / 2**20:.0f}", right, f"{100 * low:.0f} to {100 * high:.0f} %", f"{bits:.1f}"])
-    return table_of(["method", "pool MiB", "right answers", "95 %", "bits, mean"], lines)
-
-
-def result_section(path: Path, result: Result, others: dict[str, Result]) -> Section:
+def result_section(path: Path, name: str, result: Result, others: Sequence[Result]) -> Section:
     """A result file with its commands and versions, its table and pictures."""
-    kind = KINDS[result["benchmark"]]
-    commands = list(dict.fromkeys(row["command"] for row in result["rows"]))
-    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if name != "commit")
-    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in result["rows"]))
-    about = [f"`{command}`" for command in commands]
-    about.append(f"({path.name}; {versions}; commit {commits})")
-    text = "\n\n".join([kind.text, "  \n".join(about), kind.table(result), kind.more(result, others)]).rstrip()
-    flags = result["config"].get("server_args")
-    title = f"{kind.title}, with {flags}" if flags else kind.title
-    return Section(title, text, kind.pictures(path.stem, result, others))
+    kind, text = KINDS[name], TEXTS[name]
+    rows = [row for row in result.get("rows", []) if "commit" in row]
+    commands = list(dict.fromkeys(row["command"] for row in rows)) or [result["command"]]
+    versions = dict(result.get("versions", {}))
+    commits = [row["commit"][:10] for row in rows] or [versions.get("commit", "")[:10]]
+    versions["commit"] = ", ".join(dict.fromkeys(filter(None, commits)))
+    made = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    about = [*(f"`{command}`" for command in commands), f"({path.name}{'; ' * bool(made)}{made})"]
+    flags = result.get("config", {}).get("server_args")
+    title = result.get("title") or text["title"] + (f", with {flags}" if flags else "")
+    told = " ".join(text["text"].split())
+    parts = [result.get("note", ""), told, "  \n".join(about), kind.table(result), kind.more(result, others)]
+    pictures = kind.pictures(path.stem, result, others)
+    drawn = path.with_suffix(".png")
+    if drawn.is_file():
+        pictures.append((drawn.stem, text["title"], drawn))
+    return Section(title, "\n\n".join(filter(None, parts)), pictures)
 
 
 def timeline_section(path: Path) -> Section:
     """Bytes per tier and effective bits over time."""
-    from sglang_pmkvq.timeline import read_timeline
-    from sglang_pmkvq.tools.report import draw, summarize
-
     timeline = read_timeline(path)
-    figure = draw(timeline, title="KV pool over time")
-    text = f"From `{path.name}`, written by `--pmkvq-timeline`.\n\n```\n{summarize(timeline).text()}\n```"
-    return Section("Memory during generation", text, [(path.stem, "Bytes per tier and effective bits", figure)])
+    text = f"From `{path.name}`, written by `--pmkvq-timeline`.\n\n```\n{timelines.summarize(timeline).text()}\n```"
+    picture = (path.stem, "Bytes per tier and effective bits", timelines.draw(timeline, title="KV pool over time"))
+    return Section("Memory during generation", text, [picture])
 
 
 def calibration_section(path: Path) -> Section:
     """Bits per layer."""
-    from sglang_pmkvq.artifact import load
-    from sglang_pmkvq.calib.show import draw, table
-
-    calibration = load(path)
-    text = f"From `{path.name}`, written by `pmkvq calibrate`.\n\n```\n{table(calibration)}\n```"
+    calibration = artifact.load(path)
+    text = f"From `{path.name}`, written by `pmkvq calibrate`.\n\n```\n{show.table(calibration)}\n```"
     name = path.name.removesuffix(".pmkvq.safetensors") + "_layers"
-    return Section("Bits per layer", text, [(name, "Final bits of each layer's keys and values", draw(calibration))])
+    picture = (name, "Final bits of each layer's keys and values", show.draw(calibration))
+    return Section("Bits per layer", text, [picture])
 
 
 def sections(folder: Path) -> list[Section]:
-    """Everything in ``folder`` that can be shown, and a list of what is missing.
+    """Everything in ``folder`` that can be shown, behind its ``README.md``, and a list of what is missing.
 
     Raises:
         ValueError: a file cannot be read, or there is nothing to show.
     """
-    out: list[Section] = []
-    seen: set[str] = set()
-    found: list[tuple[int, Path, Result]] = []
+    found: list[tuple[str, Path, Result]] = []
     for path in sorted(folder.glob("*.json")):
         try:
             result = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
-        kind = result.get("benchmark") if isinstance(result, dict) else None
-        if kind in KINDS and result["rows"]:
-            found.append((list(KINDS).index(kind), path, result))
-    # Of several files of a kind the first by name.
-    others = {result["benchmark"]: result for _, _, result in reversed(found)}
-    for _, path, result in sorted(found, key=lambda entry: entry[:2]):
-        seen.add(result["benchmark"])
-        out.append(result_section(path, result, others))
+        kind = result.get("benchmark", path.stem) if isinstance(result, dict) else ""
+        if kind in KINDS and result.get("rows", True):
+            found.append((kind, path, result))
+    others = [result for _, _, result in found]
+    order = list(KINDS)
+    out = [
+        result_section(path, kind, result, [other for other in others if "benchmark" in other])
+        for kind, path, result in sorted(found, key=lambda entry: (order.index(entry[0]), entry[1]))
+    ]
     out += [timeline_section(path) for path in sorted(folder.glob("*timeline*.jsonl"))]
     out += [calibration_section(path) for path in sorted(folder.glob("*.pmkvq.safetensors"))]
     if not out:
         raise ValueError(f"{folder} holds no result file of pmkvq bench, no timeline and no calibration file")
-    lines = [f"* {k.title}: `pmkvq bench {name}` has not been run." for name, k in KINDS.items() if name not in seen]
-    if lines:
+    if (about := folder / "README.md").is_file():
+        out.insert(0, Section("", about.read_text().strip()))
+    shown = {kind for kind, _, _ in found}
+    missing = [name for name in KINDS if name not in shown and name.split()[0] in BENCHES]
+    if missing:
+        lines = (f"* {TEXTS[name]['title']}: `pmkvq bench {name}` has not been run." for name in missing)
         out.append(Section("Missing", "\n".join(lines)))
     return out
 
 
-TITLE = "KV-cache methods compared"
+# -- the page ------------------------------------------------------------------------------------------------
+
+TITLE = "Results"
 
 
-def markdown(parts: Sequence[Section]) -> str:
-    """The page, with pictures by name."""
-    page = [f"# {TITLE}\n"]
+def page(parts: Sequence[Section], out: Path) -> str:
+    """The page as it stands in the folder ``out``, with pictures by name."""
+    text = [f"# {TITLE}\n"]
     for part in parts:
-        page.append(f"## {part.title}\n\n{part.text}\n")
-        page += [f"![{caption}]({name}.png)\n" for name, caption, _ in part.pictures]
-    return "\n".join(page)
+        text.append((f"## {part.title}\n\n" if part.title else "") + f"{part.text}\n")
+        text += [f"![{caption}]({_source(name, picture, out)})\n" for name, caption, picture in part.pictures]
+    return "\n".join(text)
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+def _source(name: str, picture: Figure | Path, out: Path) -> str:
+    return os.path.relpath(picture, out) if isinstance(picture, Path) else f"{name}.png"
 
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
 table{border-collapse:collapse;font-size:.85rem;margin:1rem 0;display:block;overflow-x:auto}
 td,th{border-bottom:1px solid #ddd;padding:.3rem .6rem;text-align:left;white-space:nowrap}
 img{max-width:100%}code{font-size:.85em;background:#f4f4f4;padding:.1em .25em;overflow-wrap:anywhere}
-pre{background:#f4f4f4;padding:.7rem;overflow-x:auto}pre code{padding:0}figcaption{color:#555;font-size:.85rem}"""
+pre{background:#f4f4f4;padding:.7rem;overflow-x:auto}pre code{padding:0}"""
 
 
 def write_report(folder: Path, out: Path) -> list[Path]:
@@ -452,23 +415,22 @@ def write_report(folder: Path, out: Path) -> list[Path]:
 
     parts = sections(folder)
     out.mkdir(parents=True, exist_ok=True)
-    render = MarkdownIt("commonmark", {"html": False}).enable("table").render
-    body = [f"<h1>{TITLE}</h1>"]
-    written = []
-    for part in parts:
-        body.append(f"<h2>{html.escape(part.title)}</h2>\n{render(part.text)}")
-        for name, caption, figure in part.pictures:
-            data = _png(figure)
-            (out / f"{name}.png").write_bytes(data)
+    text = page(parts, out)
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    written = [out / "report.md", out / "report.html"]
+    for name, _, picture in (shown for part in parts for shown in part.pictures):
+        if not isinstance(picture, Path):
             written.append(out / f"{name}.png")
-            source = "data:image/png;base64," + base64.b64encode(data).decode()
-            shown = html.escape(caption, quote=True)
-            body.append(f'<figure><img src="{source}" alt="{shown}"><figcaption>{shown}</figcaption></figure>')
-    (out / "report.md").write_text(markdown(parts))
+            picture.savefig(written[-1])
+        data = (picture if isinstance(picture, Path) else written[-1]).read_bytes()
+        inline = "data:image/png;base64," + base64.b64encode(data).decode()
+        body = body.replace(f'src="{_source(name, picture, out)}"', f'src="{inline}"')
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{TITLE}</title>'
-    document = f"<!doctype html>\n<html lang=en><head>{head}<style>{STYLE}</style></head>\n<body>\n"
-    (out / "report.html").write_text(document + "\n".join(body) + "\n</body></html>\n")
-    return [out / "report.md", out / "report.html", *written]
+    (out / "report.md").write_text(text)
+    (out / "report.html").write_text(
+        f"<!doctype html>\n<html lang=en><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}</body></html>\n"
+    )
+    return written
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -483,10 +445,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"pmkvq report: {error}", file=sys.stderr)
         return 2
-    for path in files:
-        print(path)
+    print("\n".join(map(str, files)))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -2,23 +2,9 @@
 
     pmkvq bench serve --pool-bytes 8MiB --concurrency 1,4,16 --out benchmarks/results/serve.json
 
-The client is ``sglang.benchmark.serving``, called with its own command line. Profiles:
-
-* ``random``: random ids, lengths uniform between half and all of ``--random``;
-* ``shared-prefix``: SGLang's generated-shared-prefix, four questions to each system prompt;
-* ``long-cot``: short input, long output of fixed length (``--long-cot``).
-
-EOS is ignored everywhere. The servers of all methods are up at the same time (or, where memory does not allow that,
-each further method beside the baseline) and are measured in turn; the order alternates from repeat to repeat. The
-first of ``--methods`` is the baseline. A ratio is made within one repeat; the table shows its median, lowest and
-highest. *Saturated* means that the requests of that concurrency, at their full length, do not fit in the tokens that
-stock has in ``--pool-bytes``.
-
-No time is kept unless every request came back whole, the servers logged no error, and, alone on an unsaturated CPU
-server where nothing shrank, the first answer is the baseline's token for token.
-
-Random ids need no language, so server and client get a tokenizer of one word per id: every token is visible in the
-stream, none is special, and lengths are exact. ``--tokenizer`` names another one.
+Profiles: ``random``, random ids, lengths uniform between half and all of ``--random``; ``shared-prefix``, SGLang's
+generated-shared-prefix, four questions to each system prompt; ``long-cot``, short input, long output of fixed length.
+EOS is ignored everywhere. The first of ``--methods`` is the baseline. What is measured how: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -35,37 +21,30 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
-from tqdm import tqdm
+import torch
 
-from benchmarks.methods import (
-    PAGE,
-    Method,
-    arguments,
-    bytes_per_token,
-    config,
-    extra_args,
-    label,
-    methods,
-    model_facts,
-)
-from benchmarks.result import Results
-from benchmarks.serving import Server, ServerFailed, scheduler_pid, serve
-from sglang_pmkvq.serving.config import parse_size
+from benchmarks.harness import experiment
+from benchmarks.harness.experiment import Experiment, Job
+from benchmarks.harness.methods import PAGE, Method, bytes_per_token, label, methods, model_facts
+from benchmarks.harness.results import Key, Result, Results, Row, table, unmeasured
+from benchmarks.harness.servers import Server, ServerFailed, greedy, pool_state, scheduler_pid
+from benchmarks.harness.stats import mean
 
-PROFILES = ("random", "shared-prefix", "long-cot")
+# What the three lengths, or two, of a profile are.
+PROFILES = {"random": "input,output", "shared-prefix": "system,question,output", "long-cot": "input,output"}
 # Shortest of the lengths of ``random``, as a share of the longest.
 RANDOM_RATIO = 0.5
 # Questions to each system prompt of ``shared-prefix``.
 QUESTIONS = 4
 # Seconds between two looks at a pool.
 SAMPLE_S = 1.0
-# Of a server's three processes on the CPU, beside weights and pool.
-SERVER_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -129,32 +108,14 @@ def profiles(options: argparse.Namespace) -> list[Profile]:
     out = []
     for name in options.profiles.split(","):
         if name not in PROFILES:
-            raise ValueError(
-                f"--profiles {options.profiles}: {name!r} is unknown; expected some of {','.join(PROFILES)}"
-            )
-        flag = name.replace("-", "_")
-        lengths = positive(f"--{name}", getattr(options, flag))
-        parts = 3 if name == "shared-prefix" else 2
-        if len(lengths) != parts:
-            what = "system,question,output" if parts == 3 else "input,output"
-            raise ValueError(f"--{name} {getattr(options, flag)}: expected {what} tokens")
-        out.append(Profile(name, *lengths) if parts == 3 else Profile(name, 0, *lengths))
+            expected = ",".join(PROFILES)
+            raise ValueError(f"--profiles {options.profiles}: {name!r} is unknown; expected some of {expected}")
+        text = getattr(options, name.replace("-", "_"))
+        lengths = experiment.number_list(f"--{name}", text)
+        if len(lengths) != len(PROFILES[name].split(",")):
+            raise ValueError(f"--{name} {text}: expected {PROFILES[name]} tokens")
+        out.append(Profile(name, *[0] * (3 - len(lengths)), *lengths))
     return out
-
-
-def positive(flag: str, text: str) -> list[int]:
-    """Numbers of a comma-separated list, each once.
-
-    Raises:
-        ValueError: one is not a positive whole number.
-    """
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise ValueError(f"{flag} {text}: expected positive whole numbers such as 1,4,16")
-    return numbers
 
 
 # -- tokenizer and client ------------------------------------------------------------------------------------
@@ -195,10 +156,14 @@ def run_client(
             *("--disable-tqdm", "--output-details", "--output-file", str(out)),
             *profile.client_args(requests),
         ]
-        said, own = io.StringIO(), (sys.argv, os.environ.get("HOME"))
-        sys.argv, os.environ["HOME"] = argv, str(home)
+        said = io.StringIO()
         try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            with (
+                mock.patch.object(sys, "argv", argv),
+                mock.patch.dict(os.environ, HOME=str(home)),
+                contextlib.redirect_stdout(said),
+                contextlib.redirect_stderr(said),
+            ):
                 # SGLang warns of much that a client does not need.
                 from sglang.benchmark import serving as client
 
@@ -206,12 +171,6 @@ def run_client(
             return json.loads(out.read_text())
         except (Exception, SystemExit) as error:
             raise RuntimeError(f"the client gave up: {error!r}\n{said.getvalue()[-2000:]}") from error
-        finally:
-            sys.argv = own[0]
-            if own[1] is None:
-                del os.environ["HOME"]
-            else:
-                os.environ["HOME"] = own[1]
 
 
 def client_figures(out: dict[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
@@ -242,12 +201,11 @@ def client_figures(out: dict[str, Any], lengths: Sequence[int]) -> dict[str, Any
         "output_tokens": sum(lengths),
         "duration_s": round(out["duration"], 3),
         "output_tok_s": round(out["output_throughput"], 2),
-        "ttft_p50_ms": round(out["median_ttft_ms"], 2),
-        "ttft_p99_ms": round(out["p99_ttft_ms"], 2),
-        "tpot_p50_ms": round(out["median_tpot_ms"], 3),
-        "tpot_p99_ms": round(out["p99_tpot_ms"], 3),
-        "itl_p50_ms": round(out["median_itl_ms"], 3),
-        "itl_p99_ms": round(out["p99_itl_ms"], 3),
+        **{
+            f"{time}_{short}_ms": round(out[f"{quantile}_{time}_ms"], 3)
+            for time in ("ttft", "tpot", "itl")
+            for short, quantile in (("p50", "median"), ("p99", "p99"))
+        },
     }
 
 
@@ -270,10 +228,6 @@ def watch(server: Server, seen: list[dict[str, Any]]) -> Iterator[None]:
     finally:
         end.set()
         thread.join()
-
-
-def mean(values: Sequence[float]) -> float | None:
-    return round(statistics.fmean(values), 2) if values else None
 
 
 def stock_read_bytes(out: dict[str, Any], running: float | None, token_bytes: int) -> float | None:
@@ -328,85 +282,78 @@ def groups(names: Sequence[str], done: Sequence[Sequence[str]], at_once: int) ->
     return kept + new or [[first]]
 
 
-def servers_at_once(model: Path, cuda: bool) -> int:
-    """Servers for which the machine has memory: two on a GPU, where each takes its share by ``--server-args``."""
-    if cuda:
-        return 2
-    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    return max(2, psutil.virtual_memory().available // (SERVER_BYTES + 2 * weights))
-
-
 class Bench:
-    """All runs that the options ask for; what the result file holds already is not run again.
+    """All runs that the options ask for.
 
     Args:
-        options: of the command line, valid.
-        tokenizer: its folder.
-        home: see ``run_client``; one for the whole run.
+        options: of the command line.
         cuda: servers run on a GPU.
+
+    Raises:
+        ValueError: an option is wrong.
     """
 
-    def __init__(self, options: argparse.Namespace, results: Results, tokenizer: Path, home: Path, cuda: bool) -> None:
-        self.options = options
-        self.results = results
-        self.tokenizer = tokenizer
-        self.home = home
-        self.cuda = cuda
+    def __init__(self, options: argparse.Namespace, results: Results, cuda: bool) -> None:
+        self.options, self.results, self.cuda = options, results, cuda
         self.methods = {method.name: method for method in methods(options.methods)}
-        self.concurrency = positive("--concurrency", options.concurrency)
-        self.cells = [(profile, c) for profile in profiles(options) for c in self.concurrency]
-        self.pool_bytes = parse_size(options.pool_bytes)
-        self.token_bytes = bytes_per_token(options.model)
+        self.concurrency = experiment.number_list("--concurrency", options.concurrency)
+        self.cells = {(profile.name, c): profile for profile in profiles(options) for c in self.concurrency}
+        self.budget = experiment.the_budget(options)
+        self.folder = tempfile.TemporaryDirectory()
+        # See ``run_client``; one for the whole run.
+        self.home = Path(self.folder.name)
 
-    def run(self) -> None:
-        rows = self.results.rows
-        lost = {row["key"]["method"] for row in rows if "missing" in row}
-        names = [name for name in self.methods if name not in lost]
-        done = [list(g) for g in dict.fromkeys(tuple(row["key"]["methods"]) for row in rows if "missing" not in row)]
-        at_once = self.options.at_once or servers_at_once(self.options.model, self.cuda)
-        todo = [
-            (group, [(repeat, *cell) for repeat in range(self.options.repeats) for cell in self.cells])
-            for group in groups(names, done, at_once)
-        ]
-        with tqdm(total=sum(len(cells) for _, cells in todo), unit="run", disable=None) as bar:
-            for group, cells in todo:
-                left = [cell for cell in cells if not self.results.has(self._key(group, *cell))]
-                bar.update(len(cells) - len(left))
-                if not left:
-                    continue
-                with contextlib.ExitStack() as stack:
-                    servers = self._start(stack, group)
-                    for repeat, profile, c in left:
-                        row = self._turn(servers, repeat, profile, c)
-                        self.results.add(self._key(list(servers), repeat, profile, c), **row)
-                        bar.update()
+    @cached_property
+    def tokenizer(self) -> Path:
+        vocabulary = model_facts(self.options.model)["vocab_size"]
+        return self.options.tokenizer or word_tokenizer(self.home / "words", vocabulary)
 
-    @staticmethod
-    def _key(group: Sequence[str], repeat: int, profile: Profile, concurrency: int) -> dict[str, Any]:
-        return {"profile": profile.name, "concurrency": concurrency, "repeat": repeat, "methods": list(group)}
+    def jobs(self) -> Iterator[Job]:
+        """One per group of servers."""
+        lost = {row["key"]["method"] for row in self.results.rows if "missing" in row}
+        done = dict.fromkeys(tuple(row["key"]["methods"]) for row in self.results.rows if "missing" not in row)
+        # On a GPU each of two takes its share by --server-args.
+        at_once = self.options.at_once or (2 if self.cuda else len(self.methods))
+        for group in groups([name for name in self.methods if name not in lost], list(done), at_once):
+            keys = [
+                {"profile": profile, "concurrency": c, "repeat": repeat, "methods": group}
+                for repeat in range(self.options.repeats)
+                for profile, c in self.cells
+            ]
+            yield Job(keys, self.measure, ", ".join(group))
+
+    def measure(self, keys: Sequence[Key]) -> Iterator[dict[str, Any]]:
+        """Values of rows of one group."""
+        with contextlib.ExitStack() as stack:
+            servers = self._start(stack, keys[0]["methods"])
+            for key in keys:
+                # A method that this machine cannot run has no part in the group's rows.
+                key["methods"][:] = servers
+                profile = self.cells[key["profile"], key["concurrency"]]
+                yield self._turn(servers, key["repeat"], profile, key["concurrency"])
 
     def _start(self, stack: contextlib.ExitStack, group: Sequence[str]) -> dict[str, Server]:
         """The servers of a group; a method that this machine cannot run is noted as missing.
 
         Raises:
-            ServerFailed: the baseline.
+            RuntimeError: the baseline did not start.
         """
         servers: dict[str, Server] = {}
         for name in group:
-            method = self.methods[name]
-            args = method.server_args(self.options.model, self.pool_bytes, max(self.concurrency), self.options.chunk)
-            args += ["--tokenizer-path", str(self.tokenizer), *extra_args(self.options)]
+            more = ("--tokenizer-path", str(self.tokenizer))
+            running = max(self.concurrency)
+            started = experiment.serve_method(self.options, self.methods[name], self.budget, running, *more)
             try:
-                servers[name] = stack.enter_context(serve(self.options.model, args, quant=method.quant))
+                servers[name] = stack.enter_context(started)
             except ServerFailed as error:
                 if name == group[0]:
-                    raise
+                    raise RuntimeError(f"the baseline {name}: {error.reason}") from error
                 self.results.missing({"method": name}, error.reason)
         return servers
 
     def _turn(self, servers: dict[str, Server], repeat: int, profile: Profile, concurrency: int) -> dict[str, Any]:
         """One repeat of one cell on every server in turn: the values of its row."""
-        need, fits = profile.tokens(concurrency), self.pool_bytes // self.token_bytes
+        need, fits = profile.tokens(concurrency), self.budget // bytes_per_token(self.options.model)
         names = list(servers)
         got: dict[str, tuple[dict[str, Any], list[str]]] = {}
         for name in names if repeat % 2 == 0 else reversed(names):
@@ -433,7 +380,7 @@ class Bench:
         seed = self.options.seed + repeat
         requests = profile.requests(concurrency * self.options.rounds)
         # The first request after a pause, and the first of a server, is slow.
-        server.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 16, "ignore_eos": True})
+        server.generate(**greedy([1, 2, 3], 16, ignore_eos=True))
         server.flush()
         server.mark()
         before = server.pool() if method.quant else {}
@@ -446,18 +393,14 @@ class Bench:
         used = scheduler.cpu_times()
         # Other work on the machine stretches every time but this one.
         figures["scheduler_cpu_s"] = round(used.user + used.system - cpu.user - cpu.system, 2)
-        errors = server.errors(since_mark=True)
-        if errors:
-            raise RuntimeError(f"{method.name}: the server logged {errors[:3]}")
-        running = server.decode_running()
+        server.check_log(method.name)
+        running = mean(server.decode_running())
         figures |= {
-            "retractions": server.retracted(),
-            "running_peak": server.peak_running(),
-            "running_mean": mean(running),
-        }
+            "retractions": server.retracted(), "running_peak": server.peak_running(), "running_mean": running,
+        }  # fmt: skip
         if method.quant:
             after = server.pool()
-            pools = [state["pmkvq"] for state in seen]
+            pools = [pool_state(state) for state in seen]
             figures |= {
                 "logical_tokens": after["logical_tokens"],
                 "storage_bytes": after["storage_bytes"],
@@ -466,129 +409,102 @@ class Bench:
                 "kv_read_bytes_per_step": mean([p["decode_read_bytes"] for p in pools if p["running_requests"]]),
             }
         else:
-            token_bytes = self.token_bytes // (2 if "fp8_e4m3" in method.args else 1)
+            token_bytes = method.stock_token_bytes(self.options.model)
             tokens = server.info()["max_total_num_tokens"]
             figures |= {
                 "logical_tokens": tokens,
                 "storage_bytes": tokens * token_bytes,
                 "shrinks": 0,
                 "shrink_s": 0.0,
-                "kv_read_bytes_per_step": stock_read_bytes(out, figures["running_mean"], token_bytes),
+                "kv_read_bytes_per_step": stock_read_bytes(out, running, token_bytes),
             }
         return figures, out["generated_texts"]
+
+
+def plan(options: argparse.Namespace, results: Results) -> Iterator[Job]:
+    return Bench(options, results, torch.cuda.is_available()).jobs()
 
 
 # -- tables --------------------------------------------------------------------------------------------------
 
 
-def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
+def summary(result: Result) -> list[dict[str, Any]]:
     """One entry per profile, concurrency and method: medians over repeats; ratios to the baseline within a repeat.
 
     ``tok_s_ratio`` and ``tpot_ratio`` are (median, lowest, highest), None for the baseline.
     """
-    cells: dict[tuple[str, int, str], list[tuple[dict[str, Any], dict[str, Any], bool]]] = {}
+    cells: dict[tuple[str, int, str], list[Row]] = {}
     for row in result["rows"]:
-        for name, figures in row.get("of", {}).items():
-            key = row["key"]
-            base = row["of"][key["methods"][0]]
-            cells.setdefault((key["profile"], key["concurrency"], name), []).append((figures, base, row["saturated"]))
+        for name in row.get("of", {}):
+            cells.setdefault((row["key"]["profile"], row["key"]["concurrency"], name), []).append(row)
     out = []
-    for (profile, concurrency, name), runs in cells.items():
-        entry: dict[str, Any] = {
-            "profile": profile,
-            "concurrency": concurrency,
-            "method": name,
-            "saturated": runs[0][2],
-            "repeats": len(runs),
-        }
-        for figure in (key for key, value in runs[0][0].items() if isinstance(value, int | float)):
-            values = [figures[figure] for figures, _, _ in runs if figures.get(figure) is not None]
-            entry[figure] = statistics.median(values)
-        own = all(figures is base for figures, base, _ in runs)
+    for (profile, concurrency, name), rows in cells.items():
+        entry = {"profile": profile, "concurrency": concurrency, "method": name, "repeats": len(rows)}
+        entry["saturated"] = rows[0]["saturated"]
+        for figure in (key for key, value in rows[0]["of"][name].items() if isinstance(value, int | float)):
+            values = [row["of"][name].get(figure) for row in rows]
+            entry[figure] = statistics.median(value for value in values if value is not None)
+        own = all(row["key"]["methods"][0] == name for row in rows)
         for short, figure in (("tok_s_ratio", "output_tok_s"), ("tpot_ratio", "tpot_p50_ms")):
-            ratios = [figures[figure] / base[figure] for figures, base, _ in runs]
+            ratios = [row["of"][name][figure] / row["of"][row["key"]["methods"][0]][figure] for row in rows]
             entry[short] = None if own else (statistics.median(ratios), min(ratios), max(ratios))
         out.append(entry)
     return out
 
 
-def table(result: dict[str, Any]) -> str:
+def rows_table(result: Result) -> str:
     """The result as two Markdown tables: throughput, then latency and what the pool did."""
-    place = {name: i for i, name in enumerate(PROFILES)}
-    rows = sorted(summary(result), key=lambda e: (place[e["profile"]], e["concurrency"]))
 
-    def ratio(value: tuple[float, float, float] | None) -> str:
-        return "1" if value is None else f"{value[0]:.2f} ({value[1]:.2f}-{value[2]:.2f})"
+    def shown(entry: dict[str, Any]) -> Row:
+        def ratio(value: tuple[float, ...] | None) -> str:
+            return "1" if value is None else "{:.2f} ({:.2f}-{:.2f})".format(*value)
 
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
+        return {
+            **entry,
+            "bytes": "too few" if entry["saturated"] else "enough",
+            "tok_s_ratio": ratio(entry["tok_s_ratio"]),
+            "tpot_ratio": ratio(entry["tpot_ratio"]),
+            "stalled": entry["shrink_s"] / entry["duration_s"],
+            "cpu_ms": 1e3 * entry["scheduler_cpu_s"] / entry["output_tokens"],
+        }
 
-    fast = [
-        "| profile | concurrent | stock's bytes | method | output tok/s | x baseline | TPOT ms | x baseline "
-        "| running: mean, peak | retractions |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    more = [
-        "| profile | concurrent | method | TTFT ms p50, p99 | ITL ms p50, p99 | logical tokens | shrinks | stall s "
-        "| of the run | KV read per step, MiB "
-        "| CPU ms per token |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for e in rows:
-        cell = f"| {e['profile']} | {e['concurrency']} "
-        fast.append(
-            f"{cell}| {'too few' if e['saturated'] else 'enough'} | {label(e['method'])} | {e['output_tok_s']:.0f} "
-            f"| {ratio(e['tok_s_ratio'])} | {e['tpot_p50_ms']:.2f} | {ratio(e['tpot_ratio'])} "
-            f"| {number(e.get('running_mean'), '.1f')}, {e['running_peak']:.0f} | {e['retractions']:.0f} |"
-        )
-        read = e.get("kv_read_bytes_per_step")
-        more.append(
-            f"{cell}| {label(e['method'])} | {e['ttft_p50_ms']:.0f}, {e['ttft_p99_ms']:.0f} "
-            f"| {e['itl_p50_ms']:.1f}, {e['itl_p99_ms']:.1f} | {e['logical_tokens']:,.0f} | {e['shrinks']:,.0f} "
-            f"| {e['shrink_s']:.2f} | {100 * e['shrink_s'] / e['duration_s']:.1f} % "
-            f"| {number(None if read is None else read / 2**20, '.2f')} "
-            f"| {1e3 * e['scheduler_cpu_s'] / e['output_tokens']:.2f} |"
-        )
-    lost = [f"Missing: {label(row['key']['method'])}: {row['missing']}" for row in result["rows"] if "missing" in row]
-    return "\n".join([*fast, "", *more, *(["", *lost] if lost else [])])
+    place = list(PROFILES).index
+    entries = sorted(summary(result), key=lambda e: (place(e["profile"]), e["concurrency"]))
+    rows = list(map(shown, entries))
+    fast = table(
+        rows,
+        "profile | concurrent | stock's bytes | method | output tok/s | x baseline | TPOT ms | TPOT x baseline "
+        "| running: mean, peak | retractions",
+        "{profile} | {concurrency} | {bytes} | {method:m} | {output_tok_s:.0f} | {tok_s_ratio} | {tpot_p50_ms:.2f} "
+        "| {tpot_ratio} | {running_mean:.1f}, {running_peak:.0f} | {retractions:.0f}",
+    )
+    more = table(
+        rows,
+        "profile | concurrent | method | TTFT ms p50, p99 | ITL ms p50, p99 | logical tokens | shrinks | stall s "
+        "| of the run | KV read per step, MiB | CPU ms per token",
+        "{profile} | {concurrency} | {method:m} | {ttft_p50_ms:.0f}, {ttft_p99_ms:.0f} "
+        "| {itl_p50_ms:.1f}, {itl_p99_ms:.1f} | {logical_tokens:,.0f} | {shrinks:,.0f} | {shrink_s:.2f} "
+        "| {stalled:.1%} | {kv_read_bytes_per_step:.2fM} | {cpu_ms:.2f}",
+    )
+    lost = [f"Missing: {label(row['key']['method'])}: {row['missing']}" for row in unmeasured(result)]
+    return "\n\n".join([fast, more, *lost])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    import torch
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments(parser, "stock,age-2,age-4", "benchmarks/results/serve.json")
-    parser.add_argument("--pool-bytes", default="8MiB", help="KV bytes of every server, default %(default)s")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    experiment.server_arguments(parser, chunk=256)
+    experiment.budget_argument(parser, "8MiB")
     parser.add_argument("--profiles", default=",".join(PROFILES), help="default %(default)s")
     parser.add_argument("--concurrency", default="1,4,16", help="requests at a time, default %(default)s")
-    parser.add_argument("--rounds", type=int, default=2, help="requests per concurrent one, default %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="default %(default)s")
+    experiment.numbers(parser, rounds=(2, "requests per concurrent one"), repeats=(3, "times that all is measured"))
     parser.add_argument("--random", default="256,256", help="tokens in,out, the longest; default %(default)s")
     parser.add_argument("--shared-prefix", default="512,32,128", help="tokens system,question,out; default %(default)s")
     parser.add_argument("--long-cot", default="32,1024", help="tokens in,out; default %(default)s")
-    parser.add_argument("--chunk", type=int, default=256, help="--chunked-prefill-size of every server")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: one word for each id of the model)")
-    parser.add_argument("--at-once", type=int, help="servers that are up together (default: as many as memory holds)")
-    options = parser.parse_args(argv)
-    try:
-        profiles(options)
-        methods(options.methods)
-        positive("--concurrency", options.concurrency)
-        parse_size(options.pool_bytes)
-        for name in ("rounds", "repeats", "chunk", "at_once"):
-            if (value := getattr(options, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
-        results = Results(options.out, "serve", config(options, drop=("at_once", "repeats")), argv)
-    except ValueError as error:
-        print(f"pmkvq bench serve: {error}", file=sys.stderr)
-        return 2
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        tokenizer = options.tokenizer or word_tokenizer(home / "words", model_facts(options.model)["vocab_size"])
-        Bench(options, results, tokenizer, home, torch.cuda.is_available()).run()
-    print(table({**results.head, "rows": results.rows}))
-    return 0
+    told = "servers that are up together (default: all, on a GPU 2)"
+    parser.add_argument("--at-once", type=experiment.positive, help=told)
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+OUT = "benchmarks/results/serve.json"
+FREE = ("at_once", "repeats")
+EXPERIMENT = Experiment("serve", __doc__, plan, rows_table, arguments, "stock,age-2,age-4", OUT, FREE)
+main = EXPERIMENT.main

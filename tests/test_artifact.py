@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.serving import REASONER
+from benchmarks.harness.servers import REASONER
 from sglang_pmkvq import artifact
 from sglang_pmkvq.artifact import ArtifactError, Calibration
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from sglang.srt.arg_groups.arg_utils import add_cli_args_from_dataclass
 from sglang.srt.server_args import ServerArgs
 
-from benchmarks.serving import REASONER, ROOT
+from benchmarks.harness.results import ROOT
+from benchmarks.harness.servers import REASONER
 from sglang_pmkvq.formats import groups_from_finals
 from sglang_pmkvq.ledger import PolicyConfig
 from sglang_pmkvq.serving.config import PmkvqConfigError, check_flags, parse_final_bits, parse_size

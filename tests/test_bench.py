@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, report, tasks
-from benchmarks.methods import bytes_per_token, extra_args, label, methods
-from benchmarks.result import Results, wilson
-from benchmarks.serving import REASONER, ROOT, ServerFailed
+from benchmarks import accuracy, report
+from benchmarks.harness import tasks
+from benchmarks.harness.experiment import extra_args
+from benchmarks.harness.methods import bytes_per_token, label, methods
+from benchmarks.harness.results import ROOT, Results
+from benchmarks.harness.servers import REASONER, ServerFailed
+from benchmarks.harness.stats import bootstrap, wilson
 from sglang_pmkvq.tools import cli
 from sglang_pmkvq.tools.cli import BENCHES
 
@@ -165,8 +168,8 @@ def test_a_result_file_resumes_and_refuses_other_settings(tmp_path: Path) -> Non
 
 def row(method: str, wrong: list[int], sample: int = 0, pool: int = 1 << 20) -> dict[str, Any]:
     return {
-        "key": {"method": method, "pool_bytes": pool, "sample": sample, "problems": 10},
-        "problems": 10, "right": 10 - len(wrong), "wrong": wrong, "output_tokens": 100, "output_tokens_mean": 10.0,
+        "key": {"method": method, "budget_bytes": pool, "sample": sample, "problems": 10},
+        "problems": 10, "right": 10 - len(wrong), "wrong": wrong, "output_tokens": 100, "peak_running": 3,
         "wall_s": 2.0, "used_bytes_peak": 1 << 20, "used_bytes_avg": 1 << 19, "effective_bits_avg": 16.0,
         "end_bits_mean": 16.0, "retractions": 0,
     }  # fmt: skip
@@ -175,14 +178,14 @@ def row(method: str, wrong: list[int], sample: int = 0, pool: int = 1 << 20) -> 
 def test_table_pools_samples_and_compares_the_same_problems() -> None:
     rows = [row("stock", [0, 1]), row("age-2", [0]), row("age-2", [1], sample=1), row("age-2", [], pool=2 << 20)]
     rows.append({"key": {**rows[0]["key"], "method": "stock-fp8"}, "missing": "not on a CPU"})
-    lines = accuracy.table({"rows": rows}, baseline="stock").splitlines()
+    lines = accuracy.rows_table({"rows": rows, "baseline": "stock"}).splitlines()
     assert "| stock | 1.0 | 80.0 % of 10 | 49.0 to 94.3 |" in lines[2]
     assert "90.0 % of 10 × 2" in lines[3]
     assert "+10.0 (" in lines[3]
     assert lines[4].endswith("| - |")
     assert "missing: not on a CPU" in lines[5]
-    assert {line.count("|") for line in lines} == {12}
-    low, high = accuracy.bootstrap(np.array([0.0, 1.0] * 50))
+    assert {line.count("|") for line in lines} == {13}
+    low, high = bootstrap(np.array([0.0, 1.0] * 50))
     assert 0.35 < low < 0.45
     assert 0.55 < high < 0.65
     assert wilson(0, 0) == (0.0, 1.0)
@@ -204,13 +207,16 @@ def test_page_has_a_table_per_pool_each_against_its_own_static_width() -> None:
 def test_served_methods_are_compared_with_kivi_on_the_same_problems() -> None:
     config = {"first": 0, "lines": "1-2", "model": "m", "server_args": ""}
     rows = [row("16bit", [], pool=9 << 20), row("age-2", [0]), row("age-4", [0], pool=2 << 20)]
-    served = {"config": config, "rows": rows}
-    kivi = {"config": {**config, "batch": 1}, "rows": [row("kivi-2", [1, 2, 3]), row("kivi-4", [])]}
-    (head, _, line) = report.KINDS["offline"].more(kivi, {"accuracy": served}).splitlines()
+    served = {"benchmark": "accuracy", "config": config, "rows": rows}
+    offline = [row("kivi-2", [1, 2, 3]), row("kivi-4", [])]
+    for measured in offline:
+        measured["key"]["lines"] = "1-2"
+    kivi: dict[str, Any] = {"config": {"first": 0, "model": "m"}, "rows": offline}
+    (head, _, line) = report.KINDS["offline"].more(kivi, [served]).splitlines()
     assert head == "| served, points against | kivi-2 |"
     assert line.startswith("| age-2 | +20.0 (")
-    kivi["config"]["lines"] = "3-4"
-    assert report.KINDS["offline"].more(kivi, {"accuracy": served}) == ""
+    offline[0]["key"]["lines"] = "3-4"
+    assert report.KINDS["offline"].more(kivi, [served]) == ""
 
 
 @pytest.mark.parametrize(
@@ -234,12 +240,11 @@ def test_wrong_options_are_one_sentence(line: str, message: str, capsys: pytest.
     assert error.count("\n") == 1
 
 
-def test_server_args_are_split_as_a_shell_does(capsys: pytest.CaptureFixture[str]) -> None:
-    options = accuracy.parse(["--server-args", """--tp-size 2 --json-model-override-args '{"a": "b c"}'"""])
+def test_server_args_are_split_as_a_shell_does() -> None:
+    options = accuracy.EXPERIMENT.parse(["--server-args", """--tp-size 2 --json-model-override-args '{"a": "b c"}'"""])
     assert extra_args(options) == ["--tp-size", "2", "--json-model-override-args", '{"a": "b c"}']
-    with pytest.raises(SystemExit):
-        accuracy.parse(["--server-args", "'open"])
-    assert "--server-args: 'open: No closing quotation" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--server-args: 'open: No closing quotation"):
+        accuracy.EXPERIMENT.parse(["--server-args", "'open"])
 
 
 def test_reason_is_the_last_error() -> None:
@@ -247,10 +252,38 @@ def test_reason_is_the_last_error() -> None:
     assert ServerFailed(log).reason == "[time] ValueError: fp8 is not for CPUs"
 
 
-def test_every_benchmark_is_there() -> None:
+def test_every_benchmark_is_there_and_listed() -> None:
+    """What has a command line stands in BENCHES; scripts for GPU machines and for the tables of kernels stand apart."""
+    home = ROOT / "benchmarks"
     for name in BENCHES:
-        home = ROOT / "benchmarks"
         assert (home / f"{name}.py").is_file() or (home / name / "__main__.py").is_file(), name
+    apart = {"gpu", "horizon", "kernels_aot"}
+    paths = [path.relative_to(home) for path in home.rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    assert {path.parts[0].removesuffix(".py") for path in paths} - apart <= set(BENCHES)
+    assert len(BENCHES) <= 12
+
+
+def test_runs_beside_each_other_share_a_file(tmp_path: Path) -> None:
+    a, b = (Results(tmp_path / "r.json", "accuracy", {}, []) for _ in range(2))
+    one, two, three = ({"n": n} for n in (1, 2, 3))
+    a.add(one)
+    b.add(two)
+    a.add(three)
+    assert [r["key"] for r in json.loads((tmp_path / "r.json").read_text())["rows"]] == [one, two, three]
+    assert all(row["commit"] for row in a.rows)
+
+
+def test_a_row_is_measured_by_one_run_only(tmp_path: Path) -> None:
+    a, b = (Results(tmp_path / "r.json", "accuracy", {}, []) for _ in range(2))
+    one, two = {"n": 1}, {"n": 2}
+    with a.claim([one]) as first:
+        with b.claim([one]) as taken, b.claim([two]) as free:
+            assert (first, taken, free) == ([one], [], [two])
+    with b.claim([one]) as again:  # the other gave up without a row
+        assert again == [one]
+        b.add(one)
+    with a.claim([one]) as done:
+        assert done == []
 
 
 def test_bench_runs_the_repository_from_anywhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -282,7 +315,7 @@ def test_report_of_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert "| age-2 | 1.0 | 90.0 % of 10 |" in text
     assert "+20.0 (" in text
     assert "## Accuracy at equal bytes, with --dtype float16\n" in text
-    assert "has not been run" in text or len(report.KINDS) == 1
+    assert "has not been run" in text
     assert document.count('<img src="data:image/png;base64,') == 1
     assert "<td>90.0 % of 10</td>" in document
     assert not re.search(r"(?:src|href)=\"http", document)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import prefix as bench
-from benchmarks.prefix import QUESTIONS, Turn, ask, figures, table, trace
+from benchmarks.prefix import QUESTIONS, Turn, ask, figures, rows_table, trace
 from benchmarks.reasoner.task import check, eval_problem
 
 
@@ -109,7 +109,7 @@ def test_a_small_replay_keeps_more_than_stock(tmp_path: Path, capsys: pytest.Cap
     assert ours["cold_answers"] > 0
     assert stock["all_right"] >= 10
     printed = capsys.readouterr().out.strip()
-    assert printed == table(result)
+    assert printed == rows_table(result)
     # Nothing is left to measure.
     assert bench.main(argv) == 0
     assert capsys.readouterr().out.strip() == printed

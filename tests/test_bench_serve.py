@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from benchmarks import serve as bench
-from benchmarks.methods import Method, bytes_per_token
-from benchmarks.result import Results
-from benchmarks.serve import Bench, Profile, client_figures, compare_answers, groups, profiles, summary, table
-from benchmarks.serving import REASONER, Server
+from benchmarks.harness.experiment import Job
+from benchmarks.harness.methods import Method, bytes_per_token
+from benchmarks.harness.results import Results
+from benchmarks.harness.servers import REASONER, Server
+from benchmarks.serve import Bench, Profile, client_figures, compare_answers, groups, profiles, rows_table, summary
 
 
 def options(**given: str) -> argparse.Namespace:
@@ -176,7 +177,7 @@ def test_ratios_are_made_within_a_repeat() -> None:
     assert ours["output_tok_s"] == 60.0
     assert ours["tok_s_ratio"] == (2.0, 1.2, 3.0)
     assert ours["tpot_ratio"] == (0.5, 0.4, 1.0)
-    text = table({"rows": rows})
+    text = rows_table({"rows": rows})
     assert "| age-2 | 60 | 2.00 (1.20-3.00) | 20.00 | 0.50 (0.40-1.00) | -, 1 | 0 |" in text
     assert "| - | 5.00 |" in text
     assert "Missing: stock-fp8: no fp8 here" in text
@@ -200,8 +201,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
         class Starts(Bench):
             """Keeps the servers that the benchmark starts."""
 
-            def run(self) -> None:
+            def jobs(self) -> Iterator[Job]:
                 started.update(self._start(stack, list(self.methods)))
+                yield from ()
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bench, "Bench", Starts)
@@ -248,7 +250,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_table(
 
     # Everything is there: nothing is measured, and the table is the same.
     assert bench.main(argv) == 0
-    assert capsys.readouterr().out.strip() == table(result)
+    assert capsys.readouterr().out.strip() == rows_table(result)
     assert json.loads(out.read_text()) == result
     check_rows(result["rows"])
 

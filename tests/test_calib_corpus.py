@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks.harness.servers import REASONER
 from benchmarks.reasoner import task
-from benchmarks.serving import REASONER
 from sglang_pmkvq.calib.corpus import Corpus, builtin_problems, load_corpus
 
 TOKENIZER = AutoTokenizer.from_pretrained(REASONER)

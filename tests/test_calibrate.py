@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.serving import REASONER
+from benchmarks.harness.servers import REASONER
 from sglang_pmkvq import artifact
 from sglang_pmkvq.calib import run as calib_run
 from sglang_pmkvq.calib import sensitivity

@@ -1,34 +1,21 @@
-"""Rows of the calibration benchmark: pooled, paired, and one file for runs beside each other."""
+"""Rows of the calibration benchmark: pooled and paired."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
-import pytest
-
-from benchmarks import calibration
-from benchmarks.calibration import Bench
-from benchmarks.calibration_rows import FORCED, SERVED, against, outcomes, table
-
-
-@pytest.fixture(autouse=True)
-def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "WORK", tmp_path / "work")
+from benchmarks.calibration import FORCED, SERVED, against, outcomes, rows_table
 
 
 def served(row: str, seed: int, wrong: list[int], share: float | None = 0.22, problems: int = 40) -> dict:
     right = problems - len(wrong)
     return {
-        "part": "served", "row": row, "seed": seed, "problems": problems, "share": share, "wrong": wrong,
-        "right": right, "pool_bytes": (10 + seed) << 20, "pool": {"effective_bits_avg": 4.0 + seed},
+        "key": {"part": "served", "row": row, "seed": seed, "problems": problems}, "share": share, "wrong": wrong,
+        "right": right, "budget_bytes": (10 + seed) << 20, "effective_bits_avg": 4.0 + seed,
     }  # fmt: skip
 
 
 def forced(row: str, seed: int, kl: float, error: float, right: int) -> dict:
     return {
-        "part": "forced", "row": row, "seed": seed, "problems": 10, "chains": 10, "steps": 100 * (1 + seed),
+        "key": {"part": "forced", "row": row, "seed": seed, "problems": 10}, "chains": 10, "steps": 100 * (1 + seed),
         "kl_mean": kl, "kl_mean_standard_error": error, "chains_right": right,
     }  # fmt: skip
 
@@ -62,7 +49,7 @@ def test_seeds_are_pooled_and_compared_within_their_pool() -> None:
         served("16 bits", 0, [], share=None),
         served("uniform 2", 1, [3]),
     ]
-    text = table({"rows": rows})
+    text = rows_table({"rows": rows})
     assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == [
         "16 bits", "uniform 4", "uniform 2", "both, 2.5",
     ]  # fmt: skip
@@ -76,31 +63,6 @@ def test_seeds_are_pooled_and_compared_within_their_pool() -> None:
 def test_divergence_is_per_step_and_its_error_per_chain() -> None:
     rows = [forced("uniform 2", 0, 1e-3, 3e-4, 4), forced("uniform 2", 1, 4e-3, 4e-4, 2)]
     # (100 · 1e-3 + 200 · 4e-3) / 300; √((3e-4 / 2)² + (4e-4 / 2)²)
-    assert cells(table({"rows": rows}), "uniform 2")[1:] == [
+    assert cells(rows_table({"rows": rows}), "uniform 2")[1:] == [
         "2 x 10", "6 (30.0 %)", "14.5 to 51.9", "3.00e-03 ± 2.5e-04",
     ]  # fmt: skip
-
-
-def test_runs_beside_each_other_share_a_file(tmp_path: Path) -> None:
-    out = tmp_path / "rows.json"
-    a, b = (Bench(argparse.Namespace(out=out), {"rows": []}) for _ in range(2))
-    a.add({"part": "ranges", "samples": 1})
-    assert b.measured({"part": "ranges", "samples": 1}) and not b.measured({"part": "ranges", "samples": 2})
-    b.add({"part": "ranges", "samples": 2})
-    a.add({"part": "ranges", "samples": 3})
-    assert [r["samples"] for r in json.loads(out.read_text())["rows"]] == [1, 2, 3]
-    assert all(r["commit"] for r in json.loads(out.read_text())["rows"])
-
-
-def test_a_row_is_measured_by_one_run_only(tmp_path: Path) -> None:
-    out = tmp_path / "rows.json"
-    a, b = (Bench(argparse.Namespace(out=out), {"rows": []}) for _ in range(2))
-    one, two = {"part": "ranges", "samples": 1}, {"part": "ranges", "samples": 2}
-    with a.claim(one) as first:
-        with b.claim(one) as taken, b.claim(two) as free:
-            assert (first, taken, free) == (True, False, True)
-    with b.claim(one) as again:  # the other gave up without a row
-        assert again
-        b.add(one)
-    with a.claim(one) as done:
-        assert not done

@@ -8,26 +8,91 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import calibration_rows, report, serve, summary
+from benchmarks import accuracy, report, serve
+from benchmarks.harness.results import RESULTS, ROOT, Result, Row, markdown, measured, table
+from benchmarks.harness.stats import percent
 from tests.test_server_modes import MATRIX, SAMPLE
 
-ROOT = Path(__file__).resolve().parent.parent
 READMES = (ROOT / "README.md", ROOT / "benchmarks/reasoner/README.md", ROOT / "scripts/offline_kit/README.md")
 DOCS = sorted([*ROOT.glob("docs/**/*.md"), *READMES])
+PAGE = ROOT / "docs" / "results" / "report.md"
 
 
-def test_results_page_is_made_from_the_result_files() -> None:
-    assert (ROOT / "docs" / "results.md").read_text() == summary.page(), "run `python -m benchmarks.summary`"
+def result(name: str) -> Result:
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def test_headline_of_the_readme_is_from_the_result_file() -> None:
+def test_the_page_is_made_from_the_result_files() -> None:
+    page = report.page(report.sections(RESULTS), PAGE.parent)
+    assert PAGE.read_text() == page, "run `pmkvq report benchmarks/results --out docs/results`"
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page):
+        assert (PAGE.parent / picture).is_file(), picture
+
+
+def test_every_result_file_is_on_the_page() -> None:
+    for path in RESULTS.glob("*.json"):
+        assert json.loads(path.read_text()).get("benchmark", path.stem) in report.KINDS, path
+
+
+def pressure_headline() -> str:
+    """The README's first table."""
+    by = {(row["key"]["method"], row["share"]): row for row in result("pressure")["rows"]}
+    shown = {
+        "stock, all in memory": by["16bit", None],
+        "stock, 35 %": by["stock", 0.35],
+        "final 4, 35 %": by["age-4", 0.35],
+        "final 4, 15 %": by["age-4", 0.15],
+    }
+
+    def cells(name: str, row: Row) -> Row:
+        bits = f"{row['effective_bits_avg']:.1f}" if row["shrinks"] else "16"
+        return {**row, "name": name, "speed": row["output_tokens"] / row["wall_s"], "bits": bits}
+
+    return table(
+        [cells(*one) for one in shown.items()],
+        "32 problems at once | pool MiB | right | tokens/s | running at once | effective bits, mean",
+        "{name} | {budget_bytes:.0fM} | {right}/{problems} | {speed:.0f} | {peak_running} | {bits}",
+    )
+
+
+METHODS = ("16bit", "stock", "age-k4v2", "age-2-hadamard", "age-2", "static-2")
+
+
+def methods_headline(found: Result) -> str:
+    """The README's second table: methods that had the smallest pool, and 16 bits."""
+    groups = accuracy.groups(found)
+    smallest = min(pool for _, pool, _ in groups)
+    shown = [key for key in groups if key[0] in METHODS and (key[1] == smallest or key[0] == "16bit")]
+    lines = []
+    for name, pool, problems in sorted(shown, key=lambda key: METHODS.index(key[0])):
+        rows = groups[name, pool, problems]
+        bits = sum(row["effective_bits_avg"] for row in rows) / len(rows)
+        right = f"{sum(row['right'] for row in rows)}/{problems * len(rows)}"
+        span = f"{percent(accuracy.interval(rows), '.0f')} %"
+        lines.append([name, f"{pool / 2**20:.0f}", right, span, f"{bits:.1f}"])
+    return markdown(["method", "pool MiB", "right answers", "95 %", "bits, mean"], lines)
+
+
+def test_tables_of_the_readme_are_from_the_result_files() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert summary.headline() in readme
-    assert report.headline(json.loads((summary.RESULTS / "methods.json").read_text())) in readme
+    assert pressure_headline() in readme
+    assert methods_headline(result("methods")) in readme
+
+
+def test_headline_is_of_the_smallest_pool() -> None:
+    found = result("methods")
+    before = methods_headline(found)
+    small = min(row["key"]["budget_bytes"] for row in found["rows"])
+    (row,) = (r for r in found["rows"] if (r["key"]["method"], r["key"]["budget_bytes"]) == ("age-2", small))
+    wider = {**row, "key": {**row["key"], "budget_bytes": 2 * small}}
+    assert methods_headline({**found, "rows": [*found["rows"], wider]}) == before
+    narrower = {**row, "key": {**row["key"], "budget_bytes": small // 2}}
+    lines = methods_headline({**found, "rows": [*found["rows"], narrower]}).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["16bit", "age-2"]
 
 
 def test_throughput_in_the_readme_is_from_the_result_file() -> None:
-    entries = serve.summary(json.loads((summary.RESULTS / "serve.json").read_text()))
+    entries = serve.summary(result("serve"))
     readme = " ".join((ROOT / "README.md").read_text().split())
     for method, says in (("age-2", " made {} times stock's tokens per second ({} to {} in three repeats)"),
                          ("age-2-hadamard", " {} times ({} to {})"), ("age-4", " {} times ({} to {})")):  # fmt: skip
@@ -36,42 +101,14 @@ def test_throughput_in_the_readme_is_from_the_result_file() -> None:
         assert f"`{method}`" + says.format(*(f"{ratio:.1f}" for ratio in entry["tok_s_ratio"])) in readme
 
 
-def test_calibration_page_has_the_rows_of_the_result_file() -> None:
-    result = json.loads((summary.RESULTS / "calibration.json").read_text())
-    page = (ROOT / "docs" / "calibration.md").read_text()
-    for rows in (calibration_rows.served(result), calibration_rows.forced(result)):
-        assert rows in page, "copy the table from docs/results.md"
+def test_calibration_in_the_readme_is_from_the_result_file() -> None:
+    served = [row for row in measured(result("calibration")) if row["key"]["part"] == "served"]
     both, uniform, sixteen = (
-        sum(r["right"] for r in result["rows"] if r["part"] == "served" and r["row"] == name)
+        sum(row["right"] for row in served if row["key"]["row"] == name)
         for name in ("both, hadamard and clipping, 2.5", "uniform 2", "16 bits")
     )
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"{both} of 600 problems right, uniform 2 {uniform}, and 16 bits with all memory {sixteen}" in readme
-
-
-def test_headline_is_of_the_smallest_pool() -> None:
-    result = json.loads((summary.RESULTS / "methods.json").read_text())
-    before = report.headline(result)
-    small = min(row["key"]["pool_bytes"] for row in result["rows"])
-    (row,) = (row for row in result["rows"] if row["key"]["method"] == "age-2" and row["key"]["pool_bytes"] == small)
-    wider = {**row, "key": {**row["key"], "pool_bytes": 2 * small}}
-    assert report.headline({**result, "rows": [*result["rows"], wider]}) == before
-    narrower = {**row, "key": {**row["key"], "pool_bytes": small // 2}}
-    lines = report.headline({**result, "rows": [*result["rows"], narrower]}).splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["16bit", "age-2"]
-
-
-def test_every_result_file_is_on_a_page() -> None:
-    named = {name for name, *_ in summary.SECTIONS}
-    other = {path for path in summary.RESULTS.glob("*.json") if path.stem not in named}
-    assert {json.loads(path.read_text())["benchmark"] for path in other} <= set(report.KINDS)
-
-
-def test_report_is_made_from_the_result_files() -> None:
-    page = ROOT / "docs" / "results" / "report.md"
-    assert page.read_text() == report.markdown(report.sections(summary.RESULTS)), "run `pmkvq report` as the page says"
-    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
-        assert (page.parent / picture).is_file(), picture
 
 
 def test_what_the_support_matrix_calls_tested_is_a_case() -> None:
@@ -89,8 +126,7 @@ def test_what_the_support_matrix_calls_tested_is_a_case() -> None:
 def test_files_and_tests_that_documents_name_exist(path: Path) -> None:
     text = path.read_text()
     assert not re.search(r"\b(TODO|TBD|FIGURES|TRAINING)\b|<!-- (draft|results)", text)
-    folders = "tests|benchmarks|docs|scripts|examples|kernels|patches|calib|sglang_pmkvq"
-    for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
+    for name in re.findall(r"`((?:tests|benchmarks|docs|kernels|patches|calib|sglang_pmkvq)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(test_\w+)`", text):
         assert any(f"def {name}(" in file.read_text() for file in (ROOT / "tests").glob("*.py")), name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import forced
 from benchmarks.forced import SINK, Chain, Widths, compare, logits
 from benchmarks.reasoner.model import Config, Llama
 from sglang_pmkvq.kernels.coding import Coding, key_transform
@@ -54,23 +53,18 @@ def stepwise(model: Llama, tokens: torch.Tensor, widths: Widths) -> torch.Tensor
     return torch.stack(out)
 
 
-# Blocks of all queries, of less than the sinks and the window, of more than the window, and a last one cut short.
-@pytest.mark.parametrize("block", [128, 7, 12])
 @pytest.mark.parametrize(
     "transform,clipped", [("none", False), ("scale", False), ("scale", True), ("hadamard", True)]
 )
-def test_one_pass_equals_steps(
-    model: Llama, transform: str, clipped: bool, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(forced, "BLOCK", block)
+def test_one_pass_equals_steps(model: Llama, transform: str, clipped: bool) -> None:
     gen = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 64, (LENGTH,), generator=gen)
     scale = torch.exp(torch.randn(2, 1, 128, generator=gen)) if transform == "scale" else None
     clip = torch.tensor([[0.9], [0.6]]) if clipped else None
-    widths = Widths(FINALS, coding=Coding(key_transform(transform, 128, scale), clip))
+    widths = Widths(FINALS, coding=Coding(key_transform(transform, 128, scale), clip), window=WINDOW)
     with torch.no_grad():
-        got = logits(model, tokens, widths, 5, WINDOW)
-        exact = logits(model, tokens, Widths(((16, 16),) * 2), 5, WINDOW)
+        got = logits(model, tokens, widths, 5)
+        exact = logits(model, tokens, Widths(((16, 16),) * 2), 5)
     want = stepwise(model, tokens, widths)[5:]
     assert torch.allclose(got, want, atol=2e-3)
     assert (got - exact).abs().max() > 0.05
@@ -84,5 +78,5 @@ def test_sixteen_bits_diverge_from_nothing(model: Llama) -> None:
     got = compare(model, [Chain(tokens, 10, exact)], sixteen)
     assert got["kl_mean"] == pytest.approx(0, abs=1e-6)
     assert got["steps"] == LENGTH - 10
-    low = compare(model, [Chain(tokens, 10, exact)], Widths(FINALS), window=4)
+    low = compare(model, [Chain(tokens, 10, exact)], Widths(FINALS, window=4))
     assert low["kl_mean"] > 1e-4

@@ -31,9 +31,9 @@ from benchmarks.gpu.cells import (
     run_cells,
     server_args,
 )
+from benchmarks.harness.methods import bytes_per_token
+from benchmarks.harness.results import Key, Results
 from benchmarks.kernel_cases import MIXES
-from benchmarks.methods import bytes_per_token
-from benchmarks.result import Key, Results
 from sglang_pmkvq.tools import cli
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,8 +28,8 @@ from sglang.test.kits.matched_stop_kit import MatchedStopMixin
 from sglang.test.kits.pause_generation_kit import PauseResumeInPlaceMixin
 from transformers import AutoTokenizer
 
+from benchmarks.harness.servers import REASONER, STRICT, Server, generate_many, serve
 from benchmarks.reasoner import task
-from benchmarks.serving import REASONER, STRICT, Server, generate_many, serve
 from tests.support import kit_model
 from tests.support.kits import KitCase, bind, clean, shrinks
 

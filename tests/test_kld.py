@@ -15,7 +15,8 @@ from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from torch.nn import functional as F
 
 from benchmarks import kld, logit_record
-from benchmarks.kld import Compared, curve, divergence, summary
+from benchmarks.harness import experiment
+from benchmarks.kld import Compared, divergence, summary
 from benchmarks.logit_record import ForceAndRecord
 
 VOCAB = 50
@@ -149,7 +150,7 @@ def test_curve_and_summary() -> None:
         compared([98, 99, 100, 101], [1.0, 2.0, 3.0, 4.0], [True, True, False, True]),
         compared([100, 250], [5.0, 9.0], [True, False]),
     ]
-    points = curve(answers, 100)
+    points = summary(answers, 100)["curve"]
     assert [(p["context_from"], p["context_to"], p["positions"]) for p in points] == [
         (0, 100, 2),
         (100, 200, 3),
@@ -164,11 +165,11 @@ def test_curve_and_summary() -> None:
     assert (got["kl_max"], got["kl_max_context"]) == (9.0, 250)
     assert got["top1_agreement"] == pytest.approx(4 / 6)
     rows = [
-        {"key": {"method": "16bit", "pool_bytes": None}, **got, "retractions": 0},
-        {"key": {"method": "age-2", "pool_bytes": 1 << 20}, **got, "effective_bits_avg": 3.5, "retractions": 2},
-        {"key": {"method": "stock-fp8", "pool_bytes": 1 << 20}, "missing": "not on a CPU"},
+        {"key": {"method": "16bit", "budget_bytes": None}, **got, "retractions": 0},
+        {"key": {"method": "age-2", "budget_bytes": 1 << 20}, **got, "effective_bits_avg": 3.5, "retractions": 2},
+        {"key": {"method": "stock-fp8", "budget_bytes": 1 << 20}, "missing": "not on a CPU"},
     ]
-    text = kld.table({"rows": rows})
+    text = kld.rows_table({"rows": rows})
     assert "| age-2 | 1.0 | 2 | 6 | 4.00e+00 | 2.2e+00 |" in text
     assert "| stock-fp8 | 1.0 | missing: not on a CPU |" in text
     first, second = ([line.count("|") for line in part.splitlines()] for part in text.split("\n\n"))
@@ -185,8 +186,8 @@ def test_curve_and_summary() -> None:
         ("--methods age-2", "either --share"),
         ("--share much", "--share much"),
         ("--share 0.2 --lines many", "--lines many"),
-        ("--share 0.2 --top 0", "--top 0"),
-        ("--share 0.2 --max-new-tokens 0", "--max-new-tokens 0"),
+        ("--share 0.2 --top 0", "--top: 0"),
+        ("--share 0.2 --max-new-tokens 0", "--max-new-tokens: 0"),
         ("--share 0.2 --data nowhere.jsonl", "nowhere.jsonl"),
         ("--share 0.2 --model nowhere", "nowhere"),
     ],
@@ -236,11 +237,11 @@ def test_a_file_gives_prompts_and_answers(tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "k"),
     ]
-    run = kld.load(kld.parse(line))
+    run = kld.load(kld.EXPERIMENT.parse(line))
     assert len(run.prompts) == len(run.tokens) == 2
     assert all(len(t) == 3 for t in run.tokens)
     assert run.lengths == [len(p) + 3 for p in run.prompts]
-    other = kld.load(kld.parse([*line, "--first", "0"]))
+    other = kld.load(kld.EXPERIMENT.parse([*line, "--first", "0"]))
     assert other.digest != run.digest
 
 
@@ -267,6 +268,6 @@ def test_two_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     def no_server(*_: Any, **__: Any) -> None:
         raise AssertionError("a server was started for rows that are there")
 
-    monkeypatch.setattr(kld, "serve", no_server)
+    monkeypatch.setattr(experiment, "serve", no_server)
     assert kld.main(line) == 0
     assert capsys.readouterr().out == shown

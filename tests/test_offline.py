@@ -13,24 +13,23 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import offline
-from benchmarks.methods import bytes_per_token
-from benchmarks.offline import Kivi, Sixteen, Static, parse_method
+from benchmarks.harness.methods import bytes_per_token
+from benchmarks.harness.results import ROOT
+from benchmarks.harness.servers import REASONER, Unmeasurable
+from benchmarks.harness.tasks import chat_ids
+from benchmarks.offline import Kivi, Rounded, Sixteen, Static, parse_method
 from benchmarks.reasoner.evaluate import (
     K,
     Quantizer,
-    Rounded,
     V,
-    compacted,
     evaluate,
     forward,
     generate,
     load,
-    prompt_tokens,
     whole_chain_right,
 )
 from benchmarks.reasoner.model import Config, Llama
-from benchmarks.reasoner.task import eval_problem
-from benchmarks.serving import REASONER, ROOT
+from benchmarks.reasoner.task import eval_problem, messages
 from sglang_pmkvq.formats import PageShape, groups_from_finals, page_bytes
 from sglang_pmkvq.kernels.reference.codes import chain, quantize_group
 
@@ -150,11 +149,11 @@ def one_pass(model: Llama, tokens: list[int], prompt: int, case: str) -> torch.T
 def test_one_pass_and_decoding_read_what_the_definition_says(
     small: Llama, case: str, prompt: int, limits: list[int]
 ) -> None:
-    """A batch of two lengths decodes greedily; the definition, and one pass over the outcome, give the same logits."""
+    """Greedy decoding, the definition, and one pass over the outcome give the same logits."""
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 64, (n,), generator=generator).tolist() for n in (prompt, prompt + 21)]
-    outputs = generate(small, prompts, limits, CASES[case], end=-1)
-    for given, output, limit in zip(prompts, outputs, limits, strict=True):
+    for given, limit in zip(prompts, limits, strict=True):
+        output = generate(small, given, limit, CASES[case], end=-1)
         assert len(output) == limit
         tokens = given + output[:-1]
         want = stepwise(small, tokens, len(given), case)
@@ -166,15 +165,6 @@ def test_one_pass_and_decoding_read_what_the_definition_says(
         assert moved[0] < 1e-4, "the prompt's own forward reads 16 bits"
         if case != "16bit" and len(tokens) > 170:
             assert moved[-1] > 0.02
-
-
-def test_sequences_move_only_into_places_of_dropped_ones() -> None:
-    assert compacted([0, 1, 3, 6, 7]) == [0, 1, 7, 3, 6]
-    assert compacted([2]) == [2]
-    for rows in ([0, 1], [1, 2, 3], [3, 4, 8, 9]):
-        order = compacted(rows)
-        assert sorted(order) == rows
-        assert all(row == place or row >= len(rows) > place for place, row in enumerate(order))
 
 
 # -- bytes ---------------------------------------------------------------------------------------------------
@@ -231,13 +221,13 @@ def test_the_residual_grows_as_far_as_the_bytes_allow() -> None:
     sizes = []
     for share in (0.25, 0.5, 0.9, 1.0):
         found = offline.grown(quantizer, spans, int(full * share))
-        assert found is not None
         assert offline.together(found, spans) <= full * share
         sizes.append(found.residual)
     assert sizes == sorted(sizes)
     assert sizes[0] < 128 < sizes[1]
     assert sizes[-1] >= 1300
-    assert offline.grown(quantizer, spans, int(full * 0.19)) is None
+    with pytest.raises(Unmeasurable, match="shortest residual"):
+        offline.grown(quantizer, spans, int(full * 0.19))
 
 
 # -- the command ---------------------------------------------------------------------------------------------
@@ -267,7 +257,7 @@ def test_names(name: str, quantizer: Sixteen) -> None:
         ("--methods kivi-2@bytes", "needs --share"),
         ("--methods kivi-2@bytes --share much", "--share much"),
         ("--lines many", "--lines many"),
-        ("--batch 0", "--batch 0"),
+        ("--threads 0", "--threads: 0"),
         ("--methods 16bit --model nowhere", "nowhere"),
     ],
 )
@@ -296,8 +286,8 @@ def test_a_run_goes_on_and_says_what_does_not_fit(tmp_path: Path, capsys: pytest
     assert rows[2]["output_tokens"] == rows[0]["output_tokens"]
     assert rows[2]["used_bytes_peak"] == rows[0]["used_bytes_peak"]
     shown = capsys.readouterr().out
-    assert "| 16bit | - | 2/2 = 100.0 % |" in shown
-    assert len({line.count("|") for line in shown.splitlines() if line.startswith("|")} - {12}) <= 1
+    assert "| 16bit | 12-14 |" in shown and "| 2/2 = 100.0 % |" in shown
+    assert len({line.count("|") for line in shown.splitlines() if line.startswith("|")} - {14}) <= 1
 
 
 @pytest.fixture(scope="module")
@@ -307,21 +297,21 @@ def reasoner() -> tuple[Llama, Any]:
 
 def answers(reasoner: tuple[Llama, Any], quantizer: Quantizer, problems: int, lines: tuple[int, int]) -> list[Any]:
     found = [eval_problem(i, *lines) for i in range(problems)]
-    records = evaluate(*reasoner, found, quantizer, batch=32)
+    records = evaluate(*reasoner, found, quantizer)
     return [(r["right"], r["chain_right"], r["tokens"]) for r in records]
 
 
 def test_sixteen_bits_answer_as_the_model_does(reasoner: tuple[Llama, Any]) -> None:
     """A bf16 cache decides like the fp32 one of the model's own evaluation, and decoding like the one pass."""
-    exact = answers(reasoner, Rounded(16), 6, (40, 60))
+    exact = answers(reasoner, Rounded(Config(), 16), 6, (40, 60))
     assert answers(reasoner, Sixteen(Config()), 6, (40, 60)) == exact
     assert sum(right for right, *_ in exact) >= 5
     model, tokenizer = reasoner
     problem = eval_problem(0, 30, 40)
-    prompt = prompt_tokens(tokenizer, problem)
+    prompt = chat_ids(tokenizer, messages(problem))
     gold = [*tokenizer(problem.chain)["input_ids"], tokenizer.eos_token_id]
     for quantizer in (Sixteen(Config()), Kivi(Config(), 4)):
-        output = generate(model, [prompt], [len(gold) + 8], quantizer, tokenizer.eos_token_id)[0]
+        output = generate(model, prompt, len(gold) + 8, quantizer, tokenizer.eos_token_id)
         assert (output == gold) == whole_chain_right(model, prompt, gold, quantizer)
 
 
@@ -331,8 +321,8 @@ def test_static_answers_as_our_server_does(reasoner: tuple[Llama, Any]) -> None:
 
     The server computes in bf16, which decides a chain differently now and then, and at 2 bits often.
     """
-    rows = {r["row"]["name"]: r for r in json.loads((ROOT / "benchmarks/results/static.json").read_text())["rows"]}
+    rows = {r["key"]["method"]: r for r in json.loads((ROOT / "benchmarks/results/static.json").read_text())["rows"]}
     for bits, slack in ((8, 1), (4, 2), (2, 7)):
         right = [right for right, *_ in answers(reasoner, Static(Config(), ((bits, bits),) * 6), 60, (64, 128))]
-        print(f"static {bits}: {sum(right)}/60 offline, {rows[f'static {bits}']['right']}/60 on the server")
-        assert abs(sum(right) - rows[f"static {bits}"]["right"]) <= slack
+        print(f"static {bits}: {sum(right)}/60 offline, {rows[f'static-{bits}']['right']}/60 on the server")
+        assert abs(sum(right) - rows[f"static-{bits}"]["right"]) <= slack

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.servers import free_port
 from benchmarks.reasoner import task
-from benchmarks.serving import free_port
 from sglang_pmkvq.tools.demo import kv_bytes_per_token
 
 ROOT = Path(__file__).resolve().parent.parent

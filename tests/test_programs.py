@@ -6,24 +6,33 @@ import argparse
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.methods import PAGE
-from benchmarks.programs import best_of_n, problems, self_consistency, tree_of_thought, tutor
-from benchmarks.programs.__main__ import PROGRAMS, main, table
-from benchmarks.programs.checker import right_lines
-from benchmarks.programs.frontend import Endpoint, Usage, execute, template_of
-from benchmarks.programs.problems import Problem, answer_of, load, traced
-from benchmarks.programs.runs import CachedPrefix, Client, Outcome, Run, Shared, figures, look_up
-from benchmarks.programs.self_consistency import vote
-from benchmarks.programs.tree_of_thought import Node, grow, prune
+from benchmarks.harness.methods import PAGE
+from benchmarks.harness.servers import REASONER, STRICT, Server, serve
+from benchmarks.programs import functions, problems
+from benchmarks.programs.__main__ import main, rows_table
+from benchmarks.programs.frontend import Endpoint, execute, template_of
+from benchmarks.programs.functions import (
+    BEST_OF_N,
+    SELF_CONSISTENCY,
+    TREE_OF_THOUGHT,
+    TUTOR,
+    Node,
+    best_of_n,
+    grow,
+    prune,
+    vote,
+)
+from benchmarks.programs.problems import Problem, answer_of, load, right_lines, traced
+from benchmarks.programs.runs import CachedPrefix, Client, Run, Shared, figures, look_up
 from benchmarks.reasoner.task import eval_problem
-from benchmarks.serving import REASONER, STRICT, Server, serve
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +45,7 @@ def options(*args: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.set_defaults(seed=0)
     problems.arguments(parser)
-    for program in PROGRAMS.values():
-        program.arguments(parser)
+    functions.arguments(parser)
     return parser.parse_args(args)
 
 
@@ -61,7 +69,7 @@ def test_vote(answers: list[str | None], winner: str | None) -> None:
 def test_gold_chains_are_right_to_the_end(lines: int) -> None:
     for index in range(10):
         problem = eval_problem(index, lines, lines)
-        assert right_lines(problem.prompt, problem.chain) == problem.chain
+        assert right_lines(problem.chain, problem.chain) == problem.chain
 
 
 def test_a_wrong_digit_is_found_in_its_own_line() -> None:
@@ -72,17 +80,17 @@ def test_a_wrong_digit_is_found_in_its_own_line() -> None:
         at = rng.choice(digits)
         other = str((int(problem.chain[at]) + rng.randrange(1, 10)) % 10)
         chain = problem.chain[:at] + other + problem.chain[at + 1 :]
-        assert right_lines(problem.prompt, chain) == problem.chain[: problem.chain.rfind(";", 0, at) + 1]
+        assert right_lines(problem.chain, chain) == problem.chain[: problem.chain.rfind(";", 0, at) + 1]
 
 
 def test_whole_lines_are_kept_and_nothing_is_skipped() -> None:
     problem = eval_problem(0, 12, 12)
     first, second, third, *_ = (line + ";" for line in problem.chain.split(";"))
-    assert right_lines(problem.prompt, first + second + third[:-3]) == first + second
-    assert right_lines(problem.prompt, first + third) == first
-    assert right_lines(problem.prompt, second) == ""
-    assert right_lines(problem.prompt, "") == ""
-    assert right_lines(problem.prompt, problem.chain + "x") == problem.chain[: problem.chain.rfind(";") + 1]
+    assert right_lines(problem.chain, first + second + third[:-3]) == first + second
+    assert right_lines(problem.chain, first + third) == first
+    assert right_lines(problem.chain, second) == ""
+    assert right_lines(problem.chain, "") == ""
+    assert right_lines(problem.chain, problem.chain + "x") == problem.chain[: problem.chain.rfind(";") + 1]
 
 
 def test_a_checked_node_is_cut_back_to_what_is_right() -> None:
@@ -187,7 +195,7 @@ def test_problems_of_a_file(tmp_path: Path) -> None:
     [
         (["--programs", "chess"], "--programs chess: expected some of self-consistency"),
         (["--methods", "magic"], "unknown method 'magic'"),
-        (["--problems", "0"], "--problems 0: expected at least 1"),
+        (["--problems", "0"], "--problems: 0: expected a positive"),
         (["--lines", "many"], "--lines many: expected a range"),
     ],
 )
@@ -199,16 +207,17 @@ def test_wrong_options(args: list[str], message: str, tmp_path: Path, capsys: py
 
 
 def test_table_shows_every_row_and_says_what_is_missing() -> None:
-    outcome = Outcome([True, False], Shared("x", [40, 40, 40]), [True, True, False])
+    right, chains, shared = [True, False], [True, True, False], Shared("x", [40, 40, 40])
+    used = Counter(requests=3, prompt_tokens=120, cached_tokens=96, output_tokens=200)
     whole, gone = CachedPrefix(2, 2, 4, 7.0), CachedPrefix(2, 1)
-    runs = [Run(outcome, Usage(3, 120, 96, 200), prefix) for prefix in (whole, gone)]
-    found = figures(runs, 4.0)
-    assert (found.right, found.answers, found.chains_right, found.chains) == (2, 4, 4, 6)
-    assert (found.prefix_tokens_apart, found.prefix_tokens_once) == (2 * 3 * 32, 2 * 32)
-    assert (found.prefix_kept, found.prefix_lowest_bits, found.prefix_mean_bits) == (0.75, 4, 7.0)
-    row = {**asdict(found), "prefix_apart_bytes": 192 * 3072, "prefix_once_bytes": 64 * 3072, "retractions": 1}
+    runs = [Run(right, chains, shared, used, prefix) for prefix in (whole, gone)]
+    found = figures(runs, 4.0, 3072)
+    assert [found[k] for k in ("right", "answers", "chains_right", "chains")] == [2, 4, 4, 6]
+    assert (found["prefix_apart_bytes"], found["prefix_once_bytes"]) == (192 * 3072, 64 * 3072)
+    assert [found[f"prefix_{k}"] for k in ("kept", "lowest_bits", "mean_bits")] == [0.75, 4, 7.0]
+    row = {**found, "retractions": 1}
     keys = [{"program": "tutor", "method": name} for name in ("age-2", "stock-fp8")]
-    lines = table({"rows": [{"key": keys[0], **row}, {"key": keys[1], "missing": "no such dtype"}]}).splitlines()
+    lines = rows_table({"rows": [{"key": keys[0], **row}, {"key": keys[1], "missing": "no such dtype"}]}).splitlines()
     assert lines[2] == ("| tutor | age-2 | 2/4 | 15-85 % | 4/6 | 576 / 192 | 75 % | 4 / 7.0 | 80 % | 100 | 1 |")
     assert lines[3].startswith("| tutor | stock-fp8 | missing: no such dtype |")
     assert len({line.count("|") for line in lines}) == 1
@@ -246,14 +255,14 @@ def whole_pages(tokens: int) -> int:
 @pytest.mark.server
 def test_chains_vote_over_one_prefix(client: Client) -> None:
     (problem,) = load(options("--problems", "1", "--lines", "24"))
-    run = client.run(self_consistency.PROGRAM, problem, options("--chains", "7", "--temperature", "0.7"))
-    assert list(run.outcome.right) == [True]
-    assert len(run.outcome.candidates) == 7
-    readers = run.outcome.shared.readers
-    prompt = len(client.tokenizer(run.outcome.shared.text)["input_ids"])
+    run = client.run(SELF_CONSISTENCY, problem, options("--chains", "7", "--temperature", "0.7"))
+    assert list(run.right) == [True]
+    assert len(run.candidates) == 7
+    readers = run.shared.readers
+    prompt = len(client.tokenizer(run.shared.text)["input_ids"])
     assert list(readers) == [prompt] * 7
-    assert run.used.requests == 7
-    assert run.used.cached_tokens == 7 * whole_pages(prompt)
+    assert run.used["requests"] == 7
+    assert run.used["cached_tokens"] == 7 * whole_pages(prompt)
     assert run.prefix.cached_pages == run.prefix.pages == whole_pages(prompt) // PAGE
 
 
@@ -264,9 +273,9 @@ def test_a_shared_prefix_shrinks_once_for_all_forks(server: Server, client: Clie
     own = problem.max_tokens
     args = ("--chains", str(RUNNING), "--temperature", "0.7")
     before = server.pool()["shrinks"]
-    run = client.run(self_consistency.PROGRAM, problem, options(*args))
+    run = client.run(SELF_CONSISTENCY, problem, options(*args))
     after = server.pool()["shrinks"]
-    shared = run.outcome.shared
+    shared = run.shared
     assert shared.pages_apart == RUNNING * shared.pages_once
     # Every page shrinks at most once per step, its K and its V; the prefix's pages are of one set for all forks.
     pages = shared.pages_once + RUNNING * (math.ceil(own / PAGE) + 1)
@@ -293,11 +302,11 @@ def test_look_up_measures_the_cached_pages_only(server: Server, client: Client) 
 def test_a_checked_tree_is_right_at_any_temperature(client: Client) -> None:
     """At a temperature at which single chains go wrong, the checker leads to the answer."""
     (problem,) = load(options("--problems", "1", "--lines", "16"))
-    run = client.run(tree_of_thought.PROGRAM, problem, options("--temperature", "1.3", "--step-tokens", "40"))
-    assert list(run.outcome.right) == [True]
-    assert run.outcome.shared.pages_once > len(client.tokenizer(problem.question)["input_ids"]) // PAGE
+    run = client.run(TREE_OF_THOUGHT, problem, options("--temperature", "1.3", "--step-tokens", "40"))
+    assert list(run.right) == [True]
+    assert run.shared.pages_once > len(client.tokenizer(problem.question)["input_ids"]) // PAGE
     # Each child found what its parent held.
-    assert run.used.cached_tokens > 0.8 * run.used.prompt_tokens
+    assert run.used["cached_tokens"] > 0.8 * run.used["prompt_tokens"]
 
 
 @pytest.mark.server
@@ -305,19 +314,13 @@ def test_select_takes_the_likeliest_candidate(server: Server, client: Client) ->
     """So hot that all candidates differ; their log-probabilities are asked for once more, one by one."""
     (problem,) = load(options("--problems", "1", "--lines", "16"))
     endpoint = Endpoint(client.url, client.template)
+    given = options("--candidates", "4")
     state = execute(
-        best_of_n.best_of_n,
-        endpoint,
-        question=problem.question,
-        candidates=4,
-        max_tokens=40,
-        answer_of=problem.answer_of,
-        temperature=3.0,
-        ignore_eos=True,
+        best_of_n, endpoint, problem=replace(problem, max_tokens=40), options=given, temperature=3.0, ignore_eos=True
     )
-    texts = state["texts"]
+    texts = state["candidates"]
     assert len(set(texts)) == 4
-    assert endpoint.used.requests == 4 + 1 + 4  # the candidates, the prefix, the scores
+    assert endpoint.used["requests"] == 4 + 1 + 4  # the candidates, the prefix, the scores
     prompt = len(client.tokenizer(state["prefix"])["input_ids"])
 
     def mean_logprob(text: str) -> float:
@@ -338,9 +341,9 @@ def test_select_takes_the_likeliest_candidate(server: Server, client: Client) ->
 @pytest.mark.server
 def test_best_of_n_is_right_where_its_candidates_are(client: Client) -> None:
     (problem,) = load(options("--problems", "1", "--lines", "16"))
-    run = client.run(best_of_n.PROGRAM, problem, options("--candidates", "3", "--temperature", "0.7"))
-    assert list(run.outcome.candidates) == [True] * 3
-    assert list(run.outcome.right) == [True]
+    run = client.run(BEST_OF_N, problem, options("--candidates", "3", "--temperature", "0.7"))
+    assert list(run.candidates) == [True] * 3
+    assert list(run.right) == [True]
 
 
 @pytest.mark.server
@@ -350,19 +353,19 @@ def test_a_refused_request_is_an_error(client: Client) -> None:
         pytest.raises(RuntimeError, match=f"the server refused a request: .*{REFUSED}"),
         pytest.warns(match="Error in stream"),
     ):
-        client.run(self_consistency.PROGRAM, problem, options())
+        client.run(SELF_CONSISTENCY, problem, options())
 
 
 @pytest.mark.server
 def test_a_lesson_comes_back_to_what_it_said(client: Client) -> None:
     (problem,) = load(options("--problems", "1", "--lines", "24"), 5)
-    run = client.run(tutor.PROGRAM, problem, options())
-    assert list(run.outcome.right) == [True] * 6
-    readers = run.outcome.shared.readers
+    run = client.run(TUTOR, problem, options())
+    assert list(run.right) == [True] * 6
+    readers = run.shared.readers
     assert len(readers) == 5
     # Three tokens ask, one answers.
     assert all(later - earlier == 4 for earlier, later in zip(readers, readers[1:], strict=False))
     # Each turn finds all whole pages of what was computed before it: the last token of an answer never was, but for
     # the chain, which an end token follows.
     held = [readers[0] - 3, *readers[:-1]]
-    assert run.used.cached_tokens == sum(tokens // PAGE * PAGE for tokens in held)
+    assert run.used["cached_tokens"] == sum(tokens // PAGE * PAGE for tokens in held)

@@ -18,7 +18,8 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
 
-from benchmarks.serving import REASONER, ROOT, ServerFailed, serve
+from benchmarks.harness.results import ROOT
+from benchmarks.harness.servers import REASONER, ServerFailed, serve
 from sglang_pmkvq.patches import base
 from sglang_pmkvq.patches.v0_5_15 import PATCH_SET
 from sglang_pmkvq.serving import runtime, versions

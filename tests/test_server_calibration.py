@@ -12,16 +12,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.equality import answers
-from benchmarks.oracle import CASES, Case, load, replay, serve_case
-from benchmarks.pressure import problem_set, prompt_ids
+from benchmarks.harness.servers import REASONER, STRICT, generate_many, serve
+from benchmarks.harness.tasks import problem_set, prompt_ids, random_prompts
 from benchmarks.reasoner.task import check
-from benchmarks.serving import REASONER, STRICT, generate_many, serve
-from benchmarks.steady import random_prompts
 from sglang_pmkvq import artifact
 from sglang_pmkvq.calib.run import Settings, calibrate
 from sglang_pmkvq.kernels.coding import Coding, Hadamard
 from tests.support.models import make_model
+from tests.support.oracle import CASES, Case, load, replay, serve_case
+from tests.support.stock import answers
 
 pytestmark = pytest.mark.server
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.equality import answers
-from benchmarks.pressure import problem_set, prompt_ids
+from benchmarks.harness.servers import REASONER, STRICT, generate_many, serve, sound
+from benchmarks.harness.tasks import problem_set, prompt_ids, random_prompts
 from benchmarks.reasoner.task import check
-from benchmarks.serving import REASONER, STRICT, generate_many, serve, sound
-from benchmarks.steady import random_prompts
 from tests.support.models import make_model
+from tests.support.stock import answers
 
 pytestmark = [
     pytest.mark.server,

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.capacity import SHAPE, resident_memory
-from benchmarks.serving import REASONER
-from benchmarks.steady import run
+from benchmarks.harness.servers import REASONER
+from tests.support.memory import SHAPE, resident_memory, run
 from tests.support.models import make_model
 
 pytestmark = pytest.mark.server

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.equality import answers, compare
-from benchmarks.methods import bytes_per_token
-from benchmarks.pressure import problem_set, prompt_ids
+from benchmarks.harness.methods import bytes_per_token
+from benchmarks.harness.servers import REASONER, STRICT, generate_many, serve
+from benchmarks.harness.tasks import problem_set, prompt_ids, random_prompts
 from benchmarks.reasoner.task import check
-from benchmarks.serving import REASONER, STRICT, generate_many, serve
-from benchmarks.steady import random_prompts
 from sglang_pmkvq.formats import PAGE_SIZES
 from tests.support.models import make_model
 from tests.support.servers import start_together
+from tests.support.stock import answers, compare
 
 pytestmark = pytest.mark.server
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.oracle import CASES, Case, load, noisy, run_case
-from benchmarks.pressure import problem_set, prompt_ids
-from benchmarks.serving import REASONER
+from benchmarks.harness.servers import REASONER
+from benchmarks.harness.tasks import problem_set, prompt_ids
+from tests.support.oracle import CASES, Case, load, noisy, run_case
 
 pytestmark = pytest.mark.server
 

@@ -16,11 +16,10 @@ from unittest.mock import ANY
 import pytest
 import requests
 
-from benchmarks.methods import PAGE, bytes_per_token
-from benchmarks.pressure import problem_set, prompt_ids
+from benchmarks.harness.methods import PAGE, bytes_per_token
+from benchmarks.harness.servers import REASONER, STRICT, Server, generate_many, serve
+from benchmarks.harness.tasks import problem_set, prompt_ids, random_prompts
 from benchmarks.reasoner.task import check, messages
-from benchmarks.serving import REASONER, STRICT, Server, generate_many, serve
-from benchmarks.steady import random_prompts
 
 pytestmark = pytest.mark.server
 

@@ -25,11 +25,10 @@ import requests
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.pressure import problem_set, prompt_ids
+from benchmarks.harness.results import ROOT
+from benchmarks.harness.servers import REASONER, STRICT, Server, ServerFailed, generate_many, scheduler_pid, serve
+from benchmarks.harness.tasks import problem_set, prompt_ids, random_prompts
 from benchmarks.reasoner.task import check
-from benchmarks.result import ROOT
-from benchmarks.serving import REASONER, STRICT, Server, ServerFailed, generate_many, scheduler_pid, serve
-from benchmarks.steady import random_prompts
 
 pytestmark = pytest.mark.server
 

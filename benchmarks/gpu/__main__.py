@@ -29,8 +29,8 @@ from pathlib import Path
 
 from benchmarks.gpu import step_profile, throughput, unsaturated
 from benchmarks.gpu.cells import MARGIN_S, Cell, CheckFailed, Clock, Context, TimeUp, facts, open_results, run_cells
+from benchmarks.harness.results import ROOT, Row
 from benchmarks.kernels import PARTS as KERNEL_PARTS
-from benchmarks.result import ROOT, Row
 
 LIMIT_S = 540.0
 # Two servers each, so that a run that ends early has something to keep.

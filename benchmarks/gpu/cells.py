@@ -16,10 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import Method, model_facts
-from benchmarks.result import ROOT, Key, Results, Row
+from benchmarks.harness.methods import Method, model_facts
+from benchmarks.harness.results import ROOT, Key, Results, Row
+from benchmarks.harness.servers import Server, serve
 from benchmarks.serve import word_tokenizer
-from benchmarks.serving import Server, serve
 
 MODELS = ROOT / "benchmarks" / "models"
 # Of SGLang's attention backends those that a kit without FlashAttention-3 can serve; the first is the baseline.
@@ -153,17 +153,12 @@ def facts() -> dict[str, Any]:
     return {"python": sys.version.split()[0], **out}
 
 
-def keep(results: Results, wanted: Callable[[Row], bool]) -> None:
-    """Forget the rows of an earlier run that are not wanted: they are measured again."""
-    results.rows[:] = [row for row in results.rows if wanted(row)]
-
-
 def open_results(context: Context, part: str) -> Results:
     """The part's result file, without the rows that failed or were cut off."""
     results = Results(context.out / f"{part}.json", f"gpu-{part}", {"dry": context.dry}, [])
     results.command = "python -m benchmarks.gpu " + " ".join(sys.argv[1:])
     results.head["machine"] = facts()
-    keep(results, lambda row: not {"failed", "cut_off"} & row.keys())
+    results.keep(lambda row: not {"failed", "cut_off"} & row.keys())
     return results
 
 

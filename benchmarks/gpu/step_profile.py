@@ -21,10 +21,10 @@ from typing import Any
 import requests
 
 from benchmarks.gpu.cells import GIB, MODELS, START_S, Cell, CheckFailed, Context, dummy_server
-from benchmarks.methods import model_facts
-from benchmarks.result import Row, markdown
-from benchmarks.serving import Server, generate_many
-from benchmarks.steady import random_prompts
+from benchmarks.harness.methods import model_facts
+from benchmarks.harness.results import Row, markdown
+from benchmarks.harness.servers import Server, generate_many
+from benchmarks.harness.tasks import random_prompts
 
 STEPS = 20
 

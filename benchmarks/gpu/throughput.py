@@ -20,9 +20,9 @@ import requests
 
 from benchmarks import serve as client
 from benchmarks.gpu.cells import GIB, MODELS, START_S, SYSTEMS, Cell, CheckFailed, Context, TimeUp, dummy_server
-from benchmarks.methods import bytes_per_token
-from benchmarks.result import Key, Row, markdown
-from benchmarks.serving import Server
+from benchmarks.harness.methods import bytes_per_token
+from benchmarks.harness.results import Key, Row, markdown
+from benchmarks.harness.servers import Server
 
 
 @dataclass(frozen=True)

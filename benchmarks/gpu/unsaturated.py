@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from benchmarks.checks.pool import compare_times as compare
 from benchmarks.gpu.cells import CHUNK, GIB, MODELS, START_S, Cell, CheckFailed, Context, dummy_server
-from benchmarks.methods import bytes_per_token, model_facts
-from benchmarks.result import Row
-from benchmarks.tpot import compare
+from benchmarks.harness.methods import bytes_per_token, model_facts
+from benchmarks.harness.results import Row
 
 # (model, [(batch, prompt tokens)]): the goals are at most 1.02 times stock's, and batch 1 at 32K not above it.
 PAIRS = {

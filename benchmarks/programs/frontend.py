@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,50 +54,25 @@ def template_of(tokenizer: Any) -> TokenizerTemplate:
     return TokenizerTemplate("tokenizer", None, roles, opening=opening)
 
 
-@dataclass
-class Usage:
-    """Tokens of the requests of a program: prompts, what of them was cached, and what was generated."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-
-    def add(self, meta: dict[str, Any]) -> None:
-        self.requests += 1
-        self.prompt_tokens += meta["prompt_tokens"]
-        self.cached_tokens += meta["cached_tokens"]
-        self.output_tokens += meta["completion_tokens"]
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.requests + other.requests,
-            self.prompt_tokens + other.prompt_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.output_tokens + other.output_tokens,
-        )
-
-
 class Endpoint(RuntimeEndpoint):
     """SGLang's backend for a running server, for one run of a program.
 
     Attributes:
-        used: what its requests added up to.
+        used: its requests, and their prompt, cached and output tokens.
         error: the first one that failed; the frontend itself only warns.
     """
 
     def __init__(self, url: str, template: ChatTemplate) -> None:
         super().__init__(url)
         self.chat_template = template
-        self.used = Usage()
+        self.used: Counter[str] = Counter()
         self.error: Exception | None = None
         self._lock = threading.Lock()
 
     def generate(self, s: Any, sampling_params: SglSamplingParams) -> tuple[str, dict[str, Any]]:
         with self._watched():
             text, meta = super().generate(s, sampling_params)
-        with self._lock:
-            self.used.add(meta)
+        self._count(meta)
         return text, meta
 
     def commit_lazy_operations(self, s: Any) -> None:
@@ -109,10 +85,16 @@ class Endpoint(RuntimeEndpoint):
 
     def _generate_http_request(self, s: Any, data: dict[str, Any]) -> Any:
         answer = super()._generate_http_request(s, data)
-        with self._lock:
-            for one in answer if isinstance(answer, list) else [answer]:
-                self.used.add(one["meta_info"])
+        for one in answer if isinstance(answer, list) else [answer]:
+            self._count(one["meta_info"])
         return answer
+
+    def _count(self, meta: dict[str, Any]) -> None:
+        with self._lock:
+            self.used["requests"] += 1
+            self.used["output_tokens"] += meta["completion_tokens"]
+            for name in ("prompt_tokens", "cached_tokens"):
+                self.used[name] += meta[name]
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -142,13 +124,3 @@ def execute(function: SglFunction, endpoint: Endpoint, **arguments: Any) -> Stat
     if endpoint.error is not None:
         raise RuntimeError(f"the server refused a request: {endpoint.error}") from endpoint.error
     return state
-
-
-def prompt_tokens(state: State, name: str) -> int:
-    """Tokens of the prompt that ``sgl.gen(name)`` went on from."""
-    return int(state.get_meta_info(name)["prompt_tokens"])
-
-
-def token_logprobs(state: State, name: str) -> list[float]:
-    """Natural log-probabilities of the tokens of ``sgl.gen(name, return_logprob=True)``."""
-    return [entry[0] for entry in state.get_meta_info(name)["output_token_logprobs"]]

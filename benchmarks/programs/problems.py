@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.programs.checker import right_lines
+from benchmarks.harness import tasks
+from benchmarks.harness.experiment import numbers
 from benchmarks.reasoner import task
-from benchmarks.tasks import CHECKERS, boxed, final_part, latex, line_range, load_jsonl, number
+
+
+def right_lines(gold: str, chain: str) -> str:
+    """The leading whole lines of ``chain`` that are those of the ``gold`` one; all of it if it ends right as well.
+
+    A program has one right chain: each line executes the program's next one over what the lines before it defined.
+    """
+    if chain == gold:
+        return chain
+    same = len(os.path.commonprefix((gold, chain)))
+    return chain[: gold.rfind(";", 0, same) + 1]
 
 
 @dataclass(frozen=True)
@@ -41,13 +53,13 @@ def answer_of(text: str) -> str | None:
 
     What stands before the last ``</think>`` does not count. Equal numbers are equal texts: ``1/2`` and ``0.5``.
     """
-    part = final_part(text)
-    given = boxed(part)
+    part = tasks.final_part(text)
+    given = tasks.boxed(part)
     if given is None:
         words = [word.strip("*,;:!?()") for word in part.split()]
-        given = next((word for word in reversed(words) if number(word) is not None), part)
-    value = number(given)
-    return str(value) if value is not None else latex(given) or None
+        given = next((word for word in reversed(words) if tasks.number(word) is not None), part)
+    value = tasks.number(given)
+    return str(value) if value is not None else tasks.latex(given) or None
 
 
 def traced(problem: task.Problem, follow_ups: int = 0) -> Problem:
@@ -76,20 +88,19 @@ def traced(problem: task.Problem, follow_ups: int = 0) -> Problem:
         right=lambda text: task.check(problem, text),
         answer_of=digit,
         max_tokens=problem.chain_tokens + 16,
-        right_lines=lambda chain: right_lines(problem.prompt, chain),
+        right_lines=lambda chain: right_lines(problem.chain, chain),
         follow_ups=tuple(follow_up(number) for number in range(1, follow_ups + 1)),
     )
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options that choose problems and how they are asked; of every program."""
-    parser.add_argument("--task", default="builtin", help="builtin, or a JSON-lines file; see benchmarks/tasks.py")
-    parser.add_argument("--checker", choices=sorted(CHECKERS), help="for records that name none")
-    parser.add_argument("--problems", type=int, default=8, help="default %(default)s")
+    parser.add_argument("--task", default="builtin", help="builtin, or a JSON-lines file; see harness/tasks.py")
+    parser.add_argument("--checker", choices=sorted(tasks.CHECKERS), help="for records that name none")
     parser.add_argument("--lines", default="40-56", help="program lines of the bundled task, default %(default)s")
     parser.add_argument("--temperature", type=float, default=1.5, help="of sampled chains, default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="default: what the task needs, 1024 for files")
-    parser.add_argument("--concurrency", type=int, default=4, help="problems at a time, default %(default)s")
+    numbers(parser, problems=(8, "how many"), concurrency=(4, "problems at a time"))
 
 
 def load(options: argparse.Namespace, follow_ups: int = 0) -> list[Problem]:
@@ -99,17 +110,14 @@ def load(options: argparse.Namespace, follow_ups: int = 0) -> list[Problem]:
         ValueError: a file that holds too few or others than questions, or an option out of range.
         OSError: the file cannot be read.
     """
-    for name in ("problems", "concurrency"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: expected at least 1")
     if options.task == "builtin":
-        low, high = line_range(options.lines)
+        low, high = tasks.line_range(options.lines)
         if high + follow_ups >= task.NAMES:
             raise ValueError(f"--lines {options.lines}: expected less than {task.NAMES - follow_ups}")
-        found = [traced(task.eval_problem(i, low, high), follow_ups) for i in range(options.problems)]
+        found = [traced(problem, follow_ups) for problem in tasks.problem_set(options.problems, low, high)]
         bound = options.max_new_tokens
         return [replace(p, max_tokens=bound) for p in found] if bound else found
-    items = load_jsonl(Path(options.task), options.checker, options.seed)
+    items = tasks.load_jsonl(Path(options.task), options.checker, options.seed)
     each = 1 + follow_ups
     if len(items) < options.problems * each:
         raise ValueError(

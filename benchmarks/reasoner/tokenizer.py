@@ -1,4 +1,4 @@
-"""Builds the model's word-level tokenizer: ``python -m benchmarks.reasoner.tokenizer [DIRECTORY]``.
+"""Builds the model's word-level tokenizer.
 
 One token for each line opening ``t17=``, each name ``t17``, each value ``:7``, and each printable ASCII
 character (and newline, tab) besides, so that any ASCII text survives encode and decode unchanged.
@@ -8,7 +8,6 @@ No token is added on its own: ``tok(text)`` holds the text's tokens only.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -64,7 +63,3 @@ def save(directory: Path) -> None:
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["chat_template"] = CHAT_TEMPLATE
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    save(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "model")

@@ -1,4 +1,4 @@
-"""Trains the reasoner from nothing on a CPU: ``python -m benchmarks.reasoner.train``.
+"""Trains the reasoner from nothing on a CPU: ``pmkvq bench reasoner``.
 
 Writes ``train_log.jsonl`` beside this file and, every few minutes, a checkpoint (under ``--work``; the
 same command resumes from it) and the exported model (bfloat16, Hugging Face layout, in ``model/``).
@@ -12,7 +12,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,9 +219,9 @@ def export(model: Llama, directory: Path) -> None:
     (directory / "model.safetensors").chmod(0o644)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Train, resume, log, export."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="pmkvq bench reasoner", description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"stop earlier than after {STEPS}")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per step, about")
     parser.add_argument("--seed", type=int, default=1)
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("results/tmp/reasoner"))
     parser.add_argument("--out", type=Path, default=HERE / "model")
     parser.add_argument("--log", type=Path, default=HERE / "train_log.jsonl")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not 1 <= args.steps <= STEPS:
         parser.error(f"--steps must be in 1..{STEPS}, got {args.steps}")
 
@@ -306,7 +306,4 @@ def main() -> None:
             torch.save(state | {"tokens": tokens_seen, "seconds": seconds + now - began}, checkpoint)
             export(model, args.out)
     bar.close()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -10,16 +10,17 @@ from collections.abc import Sequence
 
 from sglang_pmkvq import __version__
 
-# Modules of the repository's benchmarks/ folder.
+# Modules of the repository's benchmarks/ folder: all that can be run there.
 BENCHES = {
     "accuracy": "right answers of a running server, methods at equal bytes",
     "kld": "divergence from a 16-bit server on the same tokens, over context length",
     "offline": "16 bits, static widths and KIVI on the bundled model, without a server",
+    "calibration": "what calibration, clipping and rotation give on the bundled model",
     "serve": "throughput and latency with SGLang's own client, methods at equal bytes",
     "prefix": "what the prefix cache keeps over many turns, at equal bytes",
     "programs": "sgl.function programs that fork and join",
-    "tpot": "time per output token while nothing shrinks, against stock",
-    "capacity": "tokens and memory against stock",
+    "checks": "servers against stock, a reference and time: equality, oracle, tpot, capacity, soak, …",
+    "reasoner": "trains the bundled model again",
     "kernels": "attention kernels on a GPU; --aot: as they are compiled, without one",
     "ledger": "host time of the page ledger; --horizon: over millions of random events",
     "gpu": "the GPU suite: kernels, answers, throughput, latency, profile",

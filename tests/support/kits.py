@@ -11,7 +11,7 @@ from typing import Any
 
 import requests
 
-from benchmarks.serving import Server
+from benchmarks.harness.servers import Server
 
 
 class KitCase(unittest.TestCase):

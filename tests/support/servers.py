@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 
-from benchmarks.serving import Server
+from benchmarks.harness.servers import Server
 
 
 def start_together(stack: ExitStack, *servers: AbstractContextManager[Server]) -> list[Server]:

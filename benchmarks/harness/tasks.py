@@ -20,12 +20,19 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from transformers import AutoTokenizer
+
+from benchmarks.reasoner import task
+from benchmarks.reasoner.task import Problem
+
+Read = TypeVar("Read")
 PROMPT_KEYS = ("prompt", "question", "problem", "Question", "Problem")
 ANSWER_KEYS = ("answer", "Answer", "target", "Correct Answer")
 LETTERS = "ABCDEFGHIJ"
@@ -142,27 +149,31 @@ CHECKERS: dict[str, Callable[[str, str], bool]] = {
 }
 
 
+def read_jsonl(path: Path, parse: Callable[[dict[str, Any]], Read]) -> Iterator[Read]:
+    """What ``parse`` makes of each object of a file of JSON lines.
+
+    Raises:
+        ValueError: a line is no object, or ``parse`` refuses it; names the line. OSError: the file cannot be read.
+    """
+    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                yield parse(json.loads(line))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}:{n}: {error}") from error
+
+
 def load_jsonl(path: Path, checker: str | None, seed: int) -> list[Item]:
     """The problems of a file.
 
     Args:
-        path: JSON lines.
         checker: for records without one of their own; None: ``choice`` for GPQA's columns, else ``boxed``.
         seed: of the order of options.
 
     Raises:
-        ValueError: a record cannot be used; names the line and what is missing.
-        OSError: the file cannot be read.
+        ValueError: a record cannot be used; names the line and what is missing. OSError: the file cannot be read.
     """
-    items = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            items.append(_item(record, checker, seed))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}:{n}: {error}") from error
+    items = list(read_jsonl(path, lambda record: _item(record, checker, seed)))
     if not items:
         raise ValueError(f"{path} holds no problems; expected JSON lines with a prompt and an answer")
     return items
@@ -210,21 +221,35 @@ def line_range(lines: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def problem_set(count: int, low: int, high: int, first: int = 0) -> list[Problem]:
+    """Evaluation problems of the bundled task, numbers ``first`` and on, with programs of ``low`` to ``high`` lines."""
+    return [task.eval_problem(first + i, low, high) for i in range(count)]
+
+
 def builtin(count: int, lines: str, first: int = 0) -> list[Item]:
-    """Evaluation problems of the bundled task with programs of ``low-high`` lines.
+    """The same as items; ``lines`` is ``low-high``.
 
     Raises:
         ValueError: ``lines`` is no range.
     """
-    from benchmarks.reasoner.task import check, eval_problem, messages
-
-    low, high = line_range(lines)
-    out = []
-    for i in range(first, first + count):
-        problem = eval_problem(i, low, high)
-        out.append(Item(messages(problem), str(problem.answer), _bundled(check, problem), problem.chain_tokens))
-    return out
+    return [
+        Item(task.messages(p), str(p.answer), partial(task.check, p), p.chain_tokens)
+        for p in problem_set(count, *line_range(lines), first)
+    ]
 
 
-def _bundled(check: Callable[[Any, str], bool], problem: Any) -> Callable[[str], bool]:
-    return lambda text: check(problem, text)
+def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the answer begins."""
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def prompt_ids(model: Path, problems: Sequence[Problem]) -> tuple[list[list[int]], int]:
+    """Token ids of each chat prompt, and the end-of-answer token."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [chat_ids(tokenizer, task.messages(p)) for p in problems], tokenizer.eos_token_id
+
+
+def random_prompts(seed: int, count: int, tokens: int, vocab: int) -> list[list[int]]:
+    """Token ids from 8 on, drawn alike; [count][tokens]."""
+    rng = random.Random(seed)
+    return [[rng.randrange(8, vocab) for _ in range(tokens)] for _ in range(count)]

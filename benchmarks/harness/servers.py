@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -14,18 +13,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-import aiohttp
+import psutil
 import requests
+import torch
+from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.result import ROOT
+from benchmarks.harness.results import ROOT
 
 REASONER = ROOT / "benchmarks" / "reasoner" / "model"
 START_TIMEOUT_S = 600.0
+# Of an answer, the wait for its turn included.
+TIMEOUT_S = 3600.0
 
 # SGLang's own integrity checks, made strict: any leak or double free ends the server.
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
@@ -44,7 +48,15 @@ def free_port() -> int:
     raise RuntimeError("no free port between 20000 and 32000")
 
 
-class ServerFailed(RuntimeError):
+class Unmeasurable(RuntimeError):
+    """A row cannot be measured here; the message says why."""
+
+    @property
+    def reason(self) -> str:
+        return str(self)
+
+
+class ServerFailed(Unmeasurable):
     """The server ended before it was ready; the message ends with its log."""
 
     @property
@@ -55,15 +67,14 @@ class ServerFailed(RuntimeError):
         return (errors or lines)[-1][:300]
 
 
+def pool_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The pool's figures of a scheduler's state; the one place that knows how ``/server_info`` names them."""
+    return state["pmkvq"]
+
+
 @dataclass
 class Server:
-    """A running server.
-
-    Attributes:
-        url: base URL.
-        process: the ``sglang.launch_server`` process.
-        log_path: stdout and stderr.
-    """
+    """A running server: base URL, the ``sglang.launch_server`` process, and the file of its stdout and stderr."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -87,17 +98,15 @@ class Server:
 
     def pool(self) -> dict[str, Any]:
         """What the pool says of itself (``--kv-quant pmkvq`` only)."""
-        return self.info()["internal_states"][0]["pmkvq"]
+        return pool_state(self.info()["internal_states"][0])
 
     def metrics(self) -> dict[str, float]:
         """Prometheus samples by ``name{labels}`` without SGLang's own labels."""
+        text = requests.get(f"{self.url}/metrics", timeout=60).text
         out: dict[str, float] = {}
-        for line in requests.get(f"{self.url}/metrics", timeout=60).text.splitlines():
-            match = re.fullmatch(r"([\w:]+)(\{.*\})? ([-+.\deE]+|NaN)", line)
-            if match:
-                labels = re.findall(r'(tier|from|to|kind)="([^"]*)"', match[2] or "")
-                key = match[1] + ("{" + ",".join(f"{k}={v}" for k, v in labels) + "}" if labels else "")
-                out[key] = float(match[3])
+        for sample in (s for family in text_string_to_metric_families(text) for s in family.samples):
+            labels = [f"{k}={v}" for k, v in sample.labels.items() if k in ("tier", "from", "to", "kind")]
+            out[sample.name + ("{" + ",".join(labels) + "}" if labels else "")] = sample.value
         return out
 
     def flush(self) -> None:
@@ -110,7 +119,7 @@ class Server:
 
     def generate(self, **body: Any) -> dict[str, Any]:
         """One ``/generate`` call."""
-        response = requests.post(f"{self.url}/generate", json=body, timeout=1200)
+        response = requests.post(f"{self.url}/generate", json=body, timeout=TIMEOUT_S)
         response.raise_for_status()
         return response.json()
 
@@ -132,20 +141,21 @@ class Server:
         lines = [line for line in log.splitlines() if "disconnected from the client side" not in line]
         return [line for line in lines if re.search(r"Traceback|\w*Error\b|leak|CRITICAL", line)]
 
+    def check_log(self, name: str) -> None:
+        """Raises:
+        RuntimeError: the server logged an error since ``mark``; figures of such a run are worth nothing."""
+        if errors := self.errors(since_mark=True):
+            raise RuntimeError(f"{name}: the server logged {errors[:3]}")
+
 
 def sound(server: Server) -> None:
-    """Nothing was lost on the device, no error was logged, and an empty server holds no page (``--kv-quant pmkvq``).
-
-    Raises:
-        RuntimeError: something was.
-    """
+    """Raises:
+    RuntimeError: something was lost on the device, an error was logged, or an empty server holds pages (ours only)."""
     pool = server.pool()
-    lost = {name: pool[name] for name in ("dropped_rows", "unmapped_reads") if pool[name]}
-    if lost:
+    if lost := {name: pool[name] for name in ("dropped_rows", "unmapped_reads") if pool[name]}:
         raise RuntimeError(f"lost on the device: {lost}")
     server.flush()
-    mapped = server.pool()["mapped_pages"]
-    if mapped:
+    if mapped := server.pool()["mapped_pages"]:
         raise RuntimeError(f"an empty server holds {mapped} pages")
     if errors := server.errors():
         raise RuntimeError(f"the server logged {errors[:3]}")
@@ -153,8 +163,6 @@ def sound(server: Server) -> None:
 
 def scheduler_pid(server: Server) -> int:
     """Process id of the scheduler (the child that holds the pool)."""
-    import psutil
-
     for child in psutil.Process(server.process.pid).children(recursive=True):
         if "sglang::scheduler" in " ".join(child.cmdline()):
             return child.pid
@@ -176,7 +184,6 @@ def serve(
     """A server on a free local port, CPU unless a GPU is there; stopped at the end of the ``with`` block.
 
     Args:
-        model: model path.
         args: further flags.
         quant: ``--kv-quant pmkvq``, else ``none`` with ``torch_native`` on CPU.
         device: "cpu" even where there is a GPU.
@@ -185,22 +192,18 @@ def serve(
         ServerFailed: it did not become ready.
     """
     port = free_port()
-    cpu = device == "cpu" or not _cuda()
+    cpu = device == "cpu" or not torch.cuda.is_available()
     line = [*command, "--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
     # An idle scheduler polls without pause: on a small machine it would take a core from its neighbours.
     line += ["--kv-quant", "pmkvq" if quant else "none", "--sleep-on-idle"]
-    if cpu:
-        line += ["--device", "cpu"]
-        if not quant:
-            line += ["--attention-backend", "torch_native"]
-    line += list(args)
-    path = log_path or Path(tempfile.mkstemp(prefix="pmkvq-server-", suffix=".log")[1])
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **(env or {})}
     # SGLang's processes import thousands of modules; compiling them anew takes a minute per server.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if cpu:
-        environment["SGLANG_USE_CPU_ENGINE"] = "1"
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+        line += ["--device", "cpu", *([] if quant else ["--attention-backend", "torch_native"])]
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    line += args
+    path = log_path or Path(tempfile.mkstemp(prefix="pmkvq-server-", suffix=".log")[1])
     with path.open("wb") as log:
         process = subprocess.Popen(
             line, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=cwd or ROOT, start_new_session=True
@@ -220,12 +223,6 @@ def stop(server: Server) -> None:
     server.process.wait(15)
 
 
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _wait_ready(server: Server) -> None:
     end = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < end:
@@ -238,45 +235,60 @@ def _wait_ready(server: Server) -> None:
     raise ServerFailed(f"not ready after {START_TIMEOUT_S} s\n{server.log()[-6000:]}")
 
 
-async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """One streamed ``/generate``: seconds to the first token, and the last message, which holds the whole answer.
+Body = dict[str, Any]
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
-    Raises:
-        aiohttp.ClientResponseError: the server refused it. RuntimeError: it ended without an answer.
+
+def greedy(prompt: Sequence[int], tokens: int, *, bits: bool = False, ignore_eos: bool = False) -> Body:
+    """The body of a greedy ``/generate`` of at most ``tokens`` output tokens.
+
+    Args:
+        bits: the answer is to say at how many bits its KV was in the end (``--kv-quant pmkvq`` only).
     """
-    start = time.perf_counter()
-    first, last = 0.0, b"{}"
-    async with session.post(f"{url}/generate", json={**body, "stream": True}) as response:
-        response.raise_for_status()
-        async for line in response.content:
-            part = line.removeprefix(b"data: ").strip()
-            if not part or part == b"[DONE]":
-                continue
-            first = first or time.perf_counter() - start
-            last = part
-    answer = json.loads(last)
-    if answer.get("meta_info", {}).get("finish_reason") is None:
-        raise RuntimeError(f"the answer did not come to its end: {answer}")
-    return first, answer
+    params: dict[str, Any] = {"temperature": 0, "max_new_tokens": tokens}
+    params |= {"ignore_eos": True} if ignore_eos else {}
+    params |= {"custom_params": {"pmkvq_kv_bits": True}} if bits else {}
+    return {"input_ids": list(prompt), "sampling_params": params}
 
 
-def generate_many(server: Server, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[dict[str, Any]]:
+def together(ask: Callable[[Item], Answer], items: Iterable[Item], concurrency: int) -> list[Answer]:
+    """``ask`` of each item, ``concurrency`` at a time, answers in order."""
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        return list(pool.map(ask, items))
+    finally:  # after an error or Ctrl-C, what has not begun does not begin
+        pool.shutdown(cancel_futures=True)
+
+
+def generate_many(server: Server, bodies: Sequence[Body], concurrency: int) -> list[dict[str, Any]]:
     """``/generate`` for each body, ``concurrency`` at a time, answers in order.
 
     Raises:
-        aiohttp.ClientResponseError: the server refused one.
+        requests.HTTPError: the server refused one.
+    """
+    return together(lambda body: server.generate(**body), bodies, concurrency)
+
+
+def stream_many(server: Server, bodies: Sequence[Body], concurrency: int) -> list[tuple[float, dict[str, Any]]]:
+    """The same streamed: seconds to the first token, and the last message, which holds the whole answer.
+
+    Raises:
+        requests.HTTPError: the server refused one. RuntimeError: one ended without an answer.
     """
 
-    async def run() -> list[dict[str, Any]]:
-        gate = asyncio.Semaphore(concurrency)
-        timeout = aiohttp.ClientTimeout(total=3600)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
+    def stream(body: Body) -> tuple[float, dict[str, Any]]:
+        start, first, last = time.perf_counter(), 0.0, b"{}"
+        line = {**body, "stream": True}
+        with requests.post(f"{server.url}/generate", json=line, stream=True, timeout=TIMEOUT_S) as response:
+            response.raise_for_status()
+            for part in response.iter_lines():
+                part = part.removeprefix(b"data: ")
+                if part and part != b"[DONE]":
+                    first, last = first or time.perf_counter() - start, part
+        answer = json.loads(last)
+        if answer.get("meta_info", {}).get("finish_reason") is None:
+            raise RuntimeError(f"the answer did not come to its end: {answer}")
+        return first, answer
 
-            async def one(body: dict[str, Any]) -> dict[str, Any]:
-                async with gate, session.post(f"{server.url}/generate", json=body) as response:
-                    response.raise_for_status()
-                    return await response.json()
-
-            return await asyncio.gather(*(one(body) for body in bodies))
-
-    return asyncio.run(run())
+    return together(stream, bodies, concurrency)

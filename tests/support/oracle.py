@@ -9,16 +9,11 @@ decisions are a pure function of them. With 16 bits everywhere the difference is
 the other rows. At 2 bits noise is amplified: where bf16 arithmetic moves a key over the border between two codes,
 what is read back jumps by a third of the group's range. So each row has a control: the oracle against itself with
 every activation rounded to bf16, under the same schedule and on the same tokens.
-
-    python -m benchmarks.oracle --problems 20 --out benchmarks/results/oracle.json
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.pressure import problem_set, prompt_ids
-from benchmarks.result import versions, write
-from benchmarks.serving import REASONER, Server, serve
+from benchmarks.forced import coding_of
+from benchmarks.harness.methods import PAGE
+from benchmarks.harness.servers import Server, greedy, serve
 from sglang_pmkvq import artifact
 from sglang_pmkvq.formats import K, PoolGeometry, V, groups_from_finals
 from sglang_pmkvq.kernels.coding import Coding
@@ -38,15 +33,9 @@ from sglang_pmkvq.ledger import Ledger, PolicyConfig
 from sglang_pmkvq.serving.config import parse_final_bits, parse_size
 from sglang_pmkvq.serving.sizing import choose_geometry, limits_for, page_shape
 
-PAGE = 16
 RUNNING = 2
 # Small, because the pages of a chunk are reserved at 16 bits: only then can a small pool end at 2 bits.
 CHUNK = 64
-
-
-def coding_of(c: artifact.Calibration) -> Coding:
-    """What a calibration does to the keys of all layers and heads."""
-    return Coding.from_calibration(c, range(c.num_layers), slice(None))
 
 
 @dataclass(frozen=True)
@@ -75,7 +64,8 @@ class Case:
         """The pool that the server builds from these flags."""
         config = model.config
         shape = page_shape(PAGE, config.num_key_value_heads, config.head_dim, None)
-        finals = parse_final_bits(self.final, config.num_hidden_layers) if self.final else list(self._file().finals)
+        layers = config.num_hidden_layers
+        finals = parse_final_bits(self.final, layers) if self.final else list(self._file().finals)
         groups = groups_from_finals(finals)
         limits = limits_for(RUNNING, CHUNK, PAGE, self._policy())
         return choose_geometry(shape, groups, parse_size(self.pool), limits)
@@ -203,13 +193,9 @@ def serve_case(server: Server, ids: Sequence[list[int]], tokens: int) -> list[tu
     """Greedy tokens and their log-probabilities, one request at a time."""
     out = []
     for prompt in ids:
-        answer = server.generate(
-            input_ids=prompt,
-            sampling_params={"temperature": 0, "max_new_tokens": tokens},
-            return_logprob=True,
-        )
-        pairs = answer["meta_info"]["output_token_logprobs"]
-        out.append(([p[1] for p in pairs], [p[0] for p in pairs]))
+        meta = server.generate(**greedy(prompt, tokens), return_logprob=True)["meta_info"]
+        logprobs, chosen, *_ = zip(*meta["output_token_logprobs"], strict=True)
+        out.append((list(chosen), list(logprobs)))
     return out
 
 
@@ -225,88 +211,37 @@ def noisy(model: Any) -> Any:
 def run_case(
     model_path: Path, model: Any, case: Case, ids: Sequence[list[int]], tokens: int, control: Any = None
 ) -> dict[str, Any]:
-    """Largest and mean difference of log-probabilities over all positions of all chains.
+    """Differences of log-probabilities over all positions of all chains.
 
     ``control``: a ``noisy`` model to compare the oracle with as well, or None.
     """
     with serve(model_path, case.args()) as server:
         served = serve_case(server, ids, tokens)
         shrinks = server.pool()["shrinks"]
-    worst, total, count, bits = 0.0, 0.0, 0, []
-    quantiles, noise = [], []
+    differences, noise, bits = [], [], []
     for prompt, (output, logprobs) in zip(ids, served, strict=True):
         expected, width = replay(model, case, prompt, output)
+        differences.append(np.abs(expected - np.array(logprobs)))
+        bits.append(width)
         if control is not None:
             noise.append(np.abs(replay(control, case, prompt, output)[0] - expected))
-        difference = np.abs(expected - np.array(logprobs))
-        worst = max(worst, float(difference.max()))
-        total += float(difference.sum())
-        count += len(difference)
-        quantiles.append(difference)
-        bits.append(width)
     return {
-        "case": case.name,
         "chains": len(ids),
-        "positions": count,
+        "positions": sum(map(len, differences)),
         "shrinks": shrinks,
         "mean_bits_at_end": sum(bits) / len(bits),
-        "max_difference": worst,
-        "mean_difference": total / count,
-        "p99_difference": float(np.quantile(np.concatenate(quantiles), 0.99)),
-        **_control(noise),
+        **_spread("{}_difference", differences),
+        **(_spread("control_{}", noise) if noise else {}),
     }
 
 
-def _control(noise: list[np.ndarray]) -> dict[str, float]:
-    if not noise:
-        return {}
-    every = np.concatenate(noise)
-    return {
-        "control_max": float(every.max()),
-        "control_mean": float(every.mean()),
-        "control_p99": float(np.quantile(every, 0.99)),
-    }
+def _spread(name: str, parts: Sequence[np.ndarray]) -> dict[str, float]:
+    every = np.concatenate(parts)
+    figures = {"max": every.max(), "mean": every.mean(), "p99": np.quantile(every, 0.99)}
+    return {name.format(what): float(value) for what, value in figures.items()}
 
 
 def load(model_path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=REASONER)
-    parser.add_argument("--problems", type=int, default=20)
-    parser.add_argument("--lines", default="60-80")
-    parser.add_argument("--only", help="cases whose name contains this")
-    parser.add_argument("--no-control", action="store_true", help="leave the bf16 control out: half the time")
-    parser.add_argument("--out", type=Path, help="result file; other cases in it are kept")
-    options = parser.parse_args(argv)
-    low, _, high = options.lines.partition("-")
-    problems = problem_set(options.problems, int(low), int(high or low))
-    ids, _ = prompt_ids(options.model, problems)
-    model = load(options.model)
-    control = None if options.no_control else noisy(model)
-    command = " ".join(["python -m benchmarks.oracle", *(argv or sys.argv[1:])])
-    result: dict[str, Any] = {"command": command, "versions": versions(), "cases": []}
-    if options.out and options.out.is_file():
-        result["cases"] = json.loads(options.out.read_text())["cases"]
-    longest = max(p.chain_tokens for p in problems) + 16
-    for case in CASES:
-        if options.only and options.only not in case.name:
-            continue
-        measured = run_case(options.model, model, case, ids, longest, control)
-        row = {**measured, "command": command, "commit": result["versions"]["commit"]}
-        print(json.dumps(row), flush=True)
-        order = [c.name for c in CASES]
-        result["cases"] = sorted(
-            [row, *(c for c in result["cases"] if c["case"] in order and c["case"] != case.name)],
-            key=lambda c: order.index(c["case"]),
-        )
-        write(result, options.out)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

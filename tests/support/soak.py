@@ -1,58 +1,42 @@
-"""Mixed traffic for as long as you like, at four times what the pool holds at 16 bits; nothing may be lost.
+"""Mixed traffic at four times what a pool holds at 16 bits, and everything that clients and operators do to a server.
 
-    python -m benchmarks.soak --minutes 20 --out benchmarks/results/soak.json
-
-Clients, each in a loop: short and long problems, forked programs over one prefix, chats of three turns, streams,
-low and high priorities; and clients that hang up in mid-stream, time out, or abort what they asked. Meanwhile the
-server is paused and continued at random, asked to flush while it is busy, and retracts requests by force. About once
-a minute the clients stop; when the server is idle
-
-* SGLang's checks of its books run, strict, and so do ours (ledger, and the device's page tables against it),
-* no request runs, a flush brings mapped pages and bytes to zero, and resident memory is noted;
-* sometimes the weights are loaded again.
-
-Every request that nobody cut off must come back whole. Of those of whose KV no page had shrunk a sample is asked again
-from stock SGLang, token by token; of the others the share of right answers is stated. Exit status 1 if anything was
-lost.
-
-``--stock`` sends the same traffic to stock SGLang in the same bytes: the control for resident memory.
+Clients ask, stream, chat, hang up, time out and abort; the server is paused, flushed while busy, and retracts requests
+by force. About once a minute all stop, SGLang's and our books are checked, and resident memory is noted. Every request
+that nobody cut off must come back whole; a sample of those of whose KV no page had shrunk is asked again from stock
+SGLang, token by token.
 """
+
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-import numpy as np
 import psutil
 import requests
 from transformers import AutoTokenizer
 
-from benchmarks.methods import bytes_per_token
+from benchmarks.harness.methods import bytes_per_token
+from benchmarks.harness.servers import REASONER, STRICT, Server, generate_many, greedy, scheduler_pid, serve
+from benchmarks.harness.tasks import chat_ids
+from benchmarks.prefix import ask
 from benchmarks.reasoner import task
-from benchmarks.result import versions, write
-from benchmarks.serving import REASONER, STRICT, Server, generate_many, scheduler_pid, serve
 
-POOL = 6 << 20
-RUNNING = 12
-OURS = ["--pmkvq-pool-bytes", str(POOL), "--enable-metrics"]
+BUDGET = 6 << 20
 ARGS = [
-    "--max-running-requests", str(RUNNING), "--chunked-prefill-size", "256",
-    "--schedule-conservativeness", "0.2", "--enable-priority-scheduling", "--disable-priority-preemption",
-    "--enable-cache-report",
+    "--max-running-requests", "12", "--chunked-prefill-size", "256", "--schedule-conservativeness", "0.2",
+    "--enable-priority-scheduling", "--disable-priority-preemption", "--enable-cache-report",
 ]  # fmt: skip
 ENV = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "97", "SGLANG_REQ_WAITING_TIMEOUT": "90"}
-TOKENS_16_BIT = POOL // bytes_per_token(REASONER)
+TOKENS_16_BIT = BUDGET // bytes_per_token(REASONER)
+OURS = ["--pmkvq-pool-bytes", str(BUDGET), "--enable-metrics"]
 # Without metrics: SGLang 0.5.15's count of responses by path raises where a router was included, as /v1/loads is.
 STOCK = ["--max-total-tokens", str(TOKENS_16_BIT)]
 # Mean tokens that a request of the mix holds at its end: with so many clients four pools are asked for at once.
@@ -75,53 +59,35 @@ class Done:
     right: bool
 
 
-@dataclass
-class Tally:
-    """What happened.
+class Soak:
+    """Clients of one server. Seeded; what interleaves how is up to the machine.
 
     Attributes:
         asked, finished, cut: requests per kind; cut are those that the client itself cut off or the server timed out.
         lost: sentences, one per request that should have come back whole and did not, or check that failed.
+        done: what was done to the server, by name.
+        rounds: what was seen in each idle moment.
+        doing: what each busy client does: name of the request kind, and its rids.
     """
 
-    asked: Counter[str] = field(default_factory=Counter)
-    finished: Counter[str] = field(default_factory=Counter)
-    cut: Counter[str] = field(default_factory=Counter)
-    lost: list[str] = field(default_factory=list)
-    answers: list[Done] = field(default_factory=list)
-
-
-def forks(seed: int) -> list[task.Problem]:
-    """Problems over one program that differ in their last line only."""
-    base = task.make_problem(seed, 40)
-    out = []
-    for asked in range(32, 40):
-        prompt, chain = task.render(base.program, asked, base.start, base.values)
-        answer = base.values[asked]
-        out.append(task.Problem(asked, base.start, base.program, asked, base.values, prompt, chain, answer))
-    return out
-
-
-class Soak:
-    """Clients of one server. Seeded; what interleaves how is up to the machine."""
-
     def __init__(self, server: Server, seed: int, quant: bool = True) -> None:
-        self.server = server
-        self.quant = quant
+        self.server, self.quant = server, quant
         self.rng = random.Random(seed)
-        self.tally = Tally()
         self.tokenizer = AutoTokenizer.from_pretrained(REASONER)
-        self.gate = asyncio.Event()
-        self.gate.set()
-        # What each busy client does: name of the request kind, and its rid if it has one.
+        self.asked, self.finished, self.cut, self.done = (Counter[str]() for _ in range(4))
+        self.lost: list[str] = []
+        self.answers: list[Done] = []
+        self.rounds: list[dict[str, Any]] = []
         self.doing: dict[int, str] = {}
         self.stop = False
-        self.told = 0
-        self.serial = 0
-        self.rounds: list[dict[str, Any]] = []
-        self.pauses = self.busy_flushes = self.reloads = 0
-        self.peak_since_finish = 0
-        self.forks = [p for s in range(3) for p in forks(task.EVAL_SEED_START + 9000 + s)]
+        self.told = self.serial = self.peak_since_finish = 0
+        self.forks = [
+            ask(task.make_problem(task.EVAL_SEED_START + 9000 + seed, 40), line)
+            for seed in range(3)
+            for line in range(32, 40)
+        ]
+        self.gate = asyncio.Event()
+        self.gate.set()
 
     # ------------------------------------------------------------ clients
 
@@ -133,39 +99,41 @@ class Soak:
         return task.make_problem(task.EVAL_SEED_START + self.rng.randrange(2000), lines)
 
     def body(self, problem: task.Problem, **more: Any) -> dict[str, Any]:
-        ids = self.tokenizer.apply_chat_template(task.messages(problem), add_generation_prompt=True, return_dict=False)
-        params = {"temperature": 0, "max_new_tokens": problem.chain_tokens + 64}
-        if self.quant:
-            params["custom_params"] = {"pmkvq_kv_bits": True}
+        ids = chat_ids(self.tokenizer, task.messages(problem))
         self.serial += 1
         # As many digits for all: SGLang aborts every request whose rid begins with the one that is named.
         rid = f"soak-{self.serial:08}"
         task_id = id(asyncio.current_task())
         if task_id in self.doing:
             self.doing[task_id] += f" {rid}"
-        return {"input_ids": ids, "sampling_params": params, "rid": rid, "priority": self.rng.randrange(3), **more}
+        asked = greedy(ids, problem.chain_tokens + 64, bits=self.quant)
+        return {**asked, "rid": rid, "priority": self.rng.randrange(3), **more}
 
     async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         async with self.session.post(f"{self.server.url}{path}", json=body) as response:
             text = await response.text()
             return response.status, json.loads(text) if text.startswith(("{", "[")) else text
 
+    def timed_out(self, status: int, answer: Any) -> bool:
+        """Whether the server gave up on a request that had waited too long, as it was told to."""
+        late = status == 503 and "timeout" in str(answer).lower()
+        self.cut["server timeout"] += late
+        return late
+
     def judge(self, kind: str, body: dict[str, Any], problem: task.Problem, status: int, answer: Any) -> None:
         """Whole: a finish reason of its own, all tokens there, the figures that were asked for."""
-        if status == 503 and "timeout" in str(answer).lower():
-            self.tally.cut["server timeout"] += 1
+        if self.timed_out(status, answer):
             return
-        meta = answer.get("meta_info", {}) if isinstance(answer, dict) else {}
+        answer = answer if isinstance(answer, dict) else {"text": answer}
+        meta, ids = answer.get("meta_info", {}), answer.get("output_ids", [])
         reason = (meta.get("finish_reason") or {}).get("type")
-        ids = answer.get("output_ids", []) if isinstance(answer, dict) else []
         bits = meta.get("pmkvq_kv_bits") if self.quant else [{"lowest": 16}]
         if status != 200 or reason not in ("stop", "length") or len(ids) != meta["completion_tokens"] or not bits:
-            self.tally.lost.append(f"{kind} {body['rid']}: status {status}, {str(answer)[:200]}")
+            self.lost.append(f"{kind} {body['rid']}: status {status}, {str(answer)[:200]}")
             return
-        self.tally.finished[kind] += 1
-        right = task.check(problem, answer["text"])
-        limit = body["sampling_params"]["max_new_tokens"]
-        self.tally.answers.append(Done(body["input_ids"], limit, ids, bits[0]["lowest"], right))
+        self.finished[kind] += 1
+        limit, right = body["sampling_params"]["max_new_tokens"], task.check(problem, answer["text"])
+        self.answers.append(Done(body["input_ids"], limit, ids, bits[0]["lowest"], right))
 
     async def plain(self) -> None:
         problem = self.problem()
@@ -182,7 +150,7 @@ class Soak:
                 if line.startswith(b"data: {"):
                     part = json.loads(line[6:])
                     if "error" in part or not part["text"].startswith(last.get("text", "")):
-                        self.tally.lost.append(f"stream {body['rid']}: {str(part)[:200]}")
+                        self.lost.append(f"stream {body['rid']}: {str(part)[:200]}")
                         return
                     last = part
             self.judge("stream", body, problem, response.status, last)
@@ -195,27 +163,26 @@ class Soak:
             messages += task.messages(problem)
             body = {"model": "default", "messages": messages, "temperature": 0, "max_tokens": 300}
             status, answer = await self.post("/v1/chat/completions", body)
-            if status == 503 and "timeout" in str(answer).lower():
-                self.tally.cut["server timeout"] += 1
+            if self.timed_out(status, answer):
                 return
             choice = answer["choices"][0] if status == 200 else {}
             if choice.get("finish_reason") not in ("stop", "length"):
-                self.tally.lost.append(f"chat: status {status}, {str(answer)[:200]}")
+                self.lost.append(f"chat: status {status}, {str(answer)[:200]}")
                 return
             messages.append({"role": "assistant", "content": choice["message"]["content"]})
-        self.tally.finished["chat"] += 1
+        self.finished["chat"] += 1
 
     async def hang_up(self) -> None:
         """Leave in mid-stream."""
-        body = self.body(self.problem(), stream=True)
         left = self.rng.randint(1, 60)
+        body = self.body(self.problem(), stream=True)
         async with self.session.post(f"{self.server.url}/generate", json=body) as response:
             async for line in response.content:
                 left -= line.startswith(b"data: ")
                 if left <= 0:
                     break
             response.close()
-        self.tally.cut["hang up"] += 1
+        self.cut["hang up"] += 1
 
     async def impatient(self) -> None:
         """A client that waits for a short time only."""
@@ -223,7 +190,7 @@ class Soak:
             await asyncio.wait_for(self.post("/generate", self.body(self.problem())), self.rng.uniform(0.05, 4))
         except asyncio.TimeoutError:
             pass
-        self.tally.cut["client timeout"] += 1
+        self.cut["client timeout"] += 1
 
     async def abort(self) -> None:
         """Ask, and abort by name; the answer must come all the same, and say so if it was in time."""
@@ -233,33 +200,28 @@ class Soak:
         await asyncio.sleep(self.rng.uniform(0, 3))
         await self.post("/abort_request", {"rid": body["rid"]})
         status, answer = await asked
-        reason = str((answer.get("meta_info") or {}).get("finish_reason") if isinstance(answer, dict) else answer)
-        if "abort" in reason.lower() or "abort" in str(answer).lower():
-            self.tally.cut["abort"] += 1
+        if "abort" in str(answer).lower():
+            self.cut["abort"] += 1
         else:
             self.judge("abort too late", body, problem, status, answer)
 
     async def client(self) -> None:
-        kinds: Sequence[tuple[float, Callable[[], Awaitable[None]]]] = (
-            (0.48, self.plain),
-            (0.14, self.stream),
-            (0.12, self.chat),
-            (0.09, self.hang_up),
-            (0.08, self.impatient),
-            (0.09, self.abort),
-        )
+        kinds: dict[Callable[[], Awaitable[None]], float] = {
+            self.plain: 0.48, self.stream: 0.14, self.chat: 0.12,
+            self.hang_up: 0.09, self.impatient: 0.08, self.abort: 0.09,
+        }  # fmt: skip
         while not self.stop:
             await self.gate.wait()
             if self.stop:
                 return
-            (kind,) = self.rng.choices([k for _, k in kinds], [w for w, _ in kinds])
-            me = id(asyncio.current_task())
-            self.doing[me] = kind.__name__  # type: ignore[attr-defined]
-            self.tally.asked[kind.__name__] += 1  # type: ignore[attr-defined]
+            (kind,) = self.rng.choices(list(kinds), list(kinds.values()))
+            name, me = kind.__name__, id(asyncio.current_task())  # type: ignore[attr-defined]
+            self.doing[me] = name
+            self.asked[name] += 1
             try:
                 await kind()
             except (aiohttp.ClientError, OSError, KeyError, ValueError) as error:
-                self.tally.lost.append(f"{kind.__name__}: {type(error).__name__}: {error}")  # type: ignore[attr-defined]
+                self.lost.append(f"{name}: {type(error).__name__}: {error}")
                 await asyncio.sleep(1)
             finally:
                 del self.doing[me]
@@ -276,14 +238,13 @@ class Soak:
             self.peak_since_finish = max(self.peak_since_finish, state["retractions_since_finish"])
             what = self.rng.random()
             if what < 0.25:
-                mode = self.rng.choice(["in_place", "retract"])
-                await self.post("/pause_generation", {"mode": mode})
+                await self.post("/pause_generation", {"mode": self.rng.choice(["in_place", "retract"])})
                 await asyncio.sleep(self.rng.uniform(0, 1.5))
                 await self.post("/continue_generation", {})
-                self.pauses += 1
+                self.done["pauses"] += 1
             elif what < 0.45:
                 await self.post("/flush_cache", {})
-                self.busy_flushes += 1
+                self.done["flushes_while_busy"] += 1
 
     async def idle(self, reload: bool) -> None:
         """Stop the clients, check everything, let them go on."""
@@ -294,34 +255,31 @@ class Soak:
             self.alive()
             if time.monotonic() > end:
                 waiting = ", ".join(self.doing.values())
-                self.tally.lost.append(f"no answer {PATIENCE_S:.0f} s after the last client asked: {waiting}")
+                self.lost.append(f"no answer {PATIENCE_S:.0f} s after the last client asked: {waiting}")
                 self.stop = True
         state = await self.until_idle()
         if reload:
-            body = {"model_path": str(REASONER)}
-            status, answer = await self.post("/update_weights_from_disk", body)
-            self.reloads += 1
+            status, answer = await self.post("/update_weights_from_disk", {"model_path": str(REASONER)})
+            self.done["weight_reloads"] += 1
             if status != 200 or not answer.get("success"):
-                self.tally.lost.append(f"weights could not be loaded again: {status} {str(answer)[:200]}")
+                self.lost.append(f"weights could not be loaded again: {status} {str(answer)[:200]}")
         await asyncio.to_thread(self.server.flush)
         empty = await asyncio.to_thread(self.state)
         if empty["mapped_pages"] or empty["used_bytes"] or empty["running_requests"]:
-            self.tally.lost.append(f"after a flush: {empty}")
-        self.tally.lost += [f"log: {line}" for line in self.server.errors(since_mark=True)]
+            self.lost.append(f"after a flush: {empty}")
+        self.lost += [f"log: {line}" for line in self.server.errors(since_mark=True)]
         self.server.mark()
         self.rounds.append(
             {
                 "t": round(time.monotonic() - self.start, 1),
                 "rss_mib": round(psutil.Process(self.pid).memory_info().rss / 2**20, 1),
                 "mapped_before_flush": state["mapped_pages"],
-                "finished": sum(self.tally.finished.values()),
-                "lost": len(self.tally.lost),
+                "finished": sum(self.finished.values()),
+                "lost": len(self.lost),
             }
         )
-        print(json.dumps(self.rounds[-1]), flush=True)
-        for sentence in self.tally.lost[self.told :]:
-            print(f"lost: {sentence}", flush=True)
-        self.told = len(self.tally.lost)
+        print(json.dumps(self.rounds[-1]), *(f"lost: {sentence}" for sentence in self.lost[self.told :]), sep="\n")
+        self.told = len(self.lost)
         self.gate.set()
 
     async def until_idle(self) -> dict[str, Any]:
@@ -331,7 +289,7 @@ class Soak:
             if not state["running_requests"]:
                 return state
             await asyncio.sleep(0.2)
-        self.tally.lost.append(f"requests still run a minute after the last client left: {state}")
+        self.lost.append(f"requests still run a minute after the last client left: {state}")
         return state
 
     def state(self) -> dict[str, Any]:
@@ -372,77 +330,47 @@ class Soak:
             await asyncio.gather(*clients, return_exceptions=True)
 
 
-def slope(rounds: Sequence[dict[str, Any]], share: float = 0.5) -> float | None:
-    """MiB of resident memory per hour over the last ``share`` of the idle moments; None for fewer than four."""
-    last = rounds[round(len(rounds) * (1 - share)) :]
-    if len(last) < 4:
-        return None
-    return float(np.polyfit([r["t"] / 3600 for r in last], [r["rss_mib"] for r in last], 1)[0])
-
-
 def against_stock(answers: Sequence[Done], rng: random.Random) -> tuple[int, int]:
     """(asked again, different) of a sample of the answers of whose KV no page had shrunk."""
     whole = [a for a in answers if a.lowest == 16]
     chosen = rng.sample(whole, min(SAMPLE, len(whole)))
     if not chosen:
         return 0, 0
-    bodies = [{"input_ids": a.ids, "sampling_params": {"temperature": 0, "max_new_tokens": a.limit}} for a in chosen]
     with serve(REASONER, ["--max-total-tokens", "100000", "--chunked-prefill-size", "256"], quant=False) as stock:
-        again = generate_many(stock, bodies, 8)
+        again = generate_many(stock, [greedy(a.ids, a.limit) for a in chosen], 8)
     return len(chosen), sum(a.output != b["output_ids"] for a, b in zip(chosen, again, strict=True))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stock", action="store_true", help="the control: stock SGLang in the same bytes")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(argv)
-    quant = not options.stock
+def run(minutes: float, seed: int, quant: bool) -> dict[str, Any]:
+    """The values of a row."""
     with serve(REASONER, [*ARGS, *(OURS if quant else STOCK)], env=ENV, quant=quant) as server:
-        soak = Soak(server, options.seed, quant)
-        asyncio.run(soak.run(60 * options.minutes))
+        soak = Soak(server, seed, quant)
+        asyncio.run(soak.run(60 * minutes))
         pool: dict[str, Any] = server.pool() if quant else {"shrinks": {}, "evict_requests": 0}
-        retracted = len([x for x in server.log().splitlines() if "#retracted_reqs" in x])
-    tally = soak.tally
-    asked, different = against_stock(tally.answers, soak.rng) if quant else (0, 0)
+        retracted = server.log().count("#retracted_reqs")
+    asked, different = against_stock(soak.answers, soak.rng) if quant else (0, 0)
     if different:
-        tally.lost.append(f"{different} of {asked} answers at 16 bits differ from stock SGLang's")
-    narrow = [a for a in tally.answers if a.lowest < 16]
-    result = {
-        "command": " ".join(["python -m benchmarks.soak", *(argv or sys.argv[1:])]),
-        "versions": versions(),
-        "minutes": options.minutes,
-        "seed": options.seed,
-        "pool_bytes": POOL,
+        soak.lost.append(f"{different} of {asked} answers at 16 bits differ from stock SGLang's")
+    narrow, wide = ([a for a in soak.answers if (a.lowest < 16) == below] for below in (True, False))
+    return {
+        "budget_bytes": BUDGET,
         "tokens_16_bit": TOKENS_16_BIT,
         "clients": CLIENTS,
-        "asked": dict(tally.asked),
-        "finished": dict(tally.finished),
-        "cut_off": dict(tally.cut),
-        "lost": tally.lost,
+        "asked": dict(soak.asked),
+        "finished": dict(soak.finished),
+        "cut_off": dict(soak.cut),
+        "lost": soak.lost,
         "retraction_events": retracted,
         "peak_retractions_since_finish": soak.peak_since_finish,
-        "pauses": soak.pauses,
-        "flushes_while_busy": soak.busy_flushes,
-        "weight_reloads": soak.reloads,
+        **{what: soak.done[what] for what in ("pauses", "flushes_while_busy", "weight_reloads")},
         "idle_checks": len(soak.rounds),
         "shrinks": pool["shrinks"],
         "evict_requests": pool["evict_requests"],
         "asked_again_from_stock": asked,
         "different_from_stock": different,
-        "answers_at_16_bits": len(tally.answers) - len(narrow),
+        "answers_at_16_bits": len(wide),
         "answers_below": len(narrow),
-        "right_at_16_bits": sum(a.right for a in tally.answers if a.lowest == 16),
+        "right_at_16_bits": sum(a.right for a in wide),
         "right_below": sum(a.right for a in narrow),
-        "mib_per_hour": slope(soak.rounds),
         "rounds": soak.rounds,
     }
-    print(json.dumps({k: v for k, v in result.items() if k != "rounds"}, indent=1))
-    write(result, options.out)
-    return 1 if tally.lost else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What all experiments share: servers, methods, tasks, statistics, result files, and the command line."""
