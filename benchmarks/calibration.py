@@ -3,12 +3,11 @@ and rotated keys in place of scaled ones.
 
     pmkvq bench calibration --problems 200 --seeds 0 1 2
 
-``ranges``: key-channel maxima of short, interpolated and long samples; a table and a picture. ``forced``: along gold
-chains, everything older than the window at its final widths (``benchmarks/forced.py``). ``served``: accuracy of real
-servers, the same *peak* pool bytes for every row of a target, policy ``age``. Seed s answers problems s·n .. s·n + n −
-1 of evaluation seeds and calibrates with training seed s. With widths 2, 4 and 8 a mean of 2 leaves allocation no
-choice, so its rows are measured at 2.5 and compared with uniform 2 in the *same* pool bytes, and with both mixed pairs
-at 3.
+``forced``: along gold chains, everything older than the window at its final widths (``benchmarks/forced.py``).
+``served``: accuracy of real servers, the same *peak* pool bytes for every row of a target, policy ``age``. Seed s
+answers problems s·n .. s·n + n − 1 of evaluation seeds and calibrates with training seed s. With widths 2, 4 and 8 a
+mean of 2 leaves allocation no choice, so its rows are measured at 2.5 and compared with uniform 2 in the *same* pool
+bytes, and with both mixed pairs at 3.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from benchmarks.harness.methods import Method
 from benchmarks.harness.results import RESULTS, ROOT, Key, Result, Results, Row, locked, markdown, mib
 from benchmarks.harness.stats import percent, points, wilson
 from benchmarks.harness.tasks import line_range, problem_set
-from benchmarks.key_ranges import key_ranges
 from benchmarks.reasoner.evaluate import load
 from benchmarks.reasoner.model import Llama
 from sglang_pmkvq import artifact
@@ -39,7 +37,7 @@ from sglang_pmkvq.calib.run import Settings, calibrate
 from sglang_pmkvq.serving.config import parse_final_bits
 
 WORK = ROOT / "results" / "tmp" / "calibration"
-PARTS = ("ranges", "forced", "served")
+PARTS = ("forced", "served")
 
 
 @dataclass(frozen=True)
@@ -190,10 +188,6 @@ def plan(options: argparse.Namespace, results: Results) -> Iterator[Job]:
         return accuracy.load(accuracy.EXPERIMENT.parse(list(map(str, line))))
 
     def jobs() -> Iterator[Job]:
-        if "ranges" in options.parts:
-            picture = (options.out or RESULTS / "calibration").with_suffix(".png")
-            ranges = {"part": "ranges", "samples": options.samples}
-            yield Job.row(ranges, lambda: key_ranges(options.model, options.samples, picture), "ranges")
         for seed in options.seeds if "forced" in options.parts else ():
             for variant in FORCED:
                 yield Job.row(

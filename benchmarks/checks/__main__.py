@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from benchmarks.checks import fresh_clone, pool, soak
+from benchmarks.checks import pool, soak
 from benchmarks.harness.experiment import Experiment
 
-ALL: tuple[Experiment, ...] = (*pool.EXPERIMENTS, soak.EXPERIMENT, fresh_clone.EXPERIMENT)
+ALL: tuple[Experiment, ...] = (*pool.EXPERIMENTS, soak.EXPERIMENT)
 EXPERIMENTS = {experiment.name.removeprefix("checks "): experiment for experiment in ALL}
 
 
