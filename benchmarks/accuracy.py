@@ -3,9 +3,9 @@
     pmkvq bench accuracy --methods 16bit,stock,age-2,static-2 --share 0.25 --problems 200
     pmkvq bench accuracy --model MODEL --task aime.jsonl --samples 16 --temperature 0.6 --pool-bytes 8GiB
 
-Every row is one real server that answers all problems once. Methods are named in benchmarks/harness/methods.py, files
-and checkers described in benchmarks/harness/tasks.py. Everybody gets the same bytes, except ``16bit``; ``--share`` is
-of what the running problems need at 16 bits when their chains end (bundled task only).
+Every row is one real server that answers all problems once. Everybody gets the same bytes, except ``16bit``;
+``--share`` is of what the running problems need at 16 bits when their chains end (bundled task only). Methods, files
+and checkers: docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -10,14 +10,10 @@ flushes. Every hundredth of the run is a block; CPU time includes the world, who
 * fragmentation: free units that are not in a whole free superblock, as a share of the arena, over all arenas and
   looked at after every 16th event, before anything is compacted for the next birth;
 * bytes moved per born page: units moved by compaction / units of the superblocks born, 1 = one superblock.
-
-``--digest`` prints the SHA-256 of every answer and command instead: two runs must print the same, whatever the hash
-seed of the process or its clock.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -28,6 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.harness.figures import new_figure
 from sglang_pmkvq.commands import CommandBatch
 from sglang_pmkvq.formats import UNITS_PER_SUPERBLOCK, PageShape, geometry_for_pages, groups_from_finals
 from sglang_pmkvq.ledger import Ledger, PolicyConfig
@@ -68,14 +65,11 @@ class Traffic:
         events: so far. born: pages so far. retractions: requests dropped because logical pages ran out.
     """
 
-    def __init__(
-        self, seed: int, digest: bool = False, groups: Sequence[tuple[int, int]] = ((8, 8), (4, 2)), pages: int = PAGES
-    ) -> None:
+    def __init__(self, seed: int, groups: Sequence[tuple[int, int]] = ((8, 8), (4, 2)), pages: int = PAGES) -> None:
         shape = PageShape(page_size=P, num_kv_heads=1, head_dim=128, group_size=128)
         geometry = geometry_for_pages(shape, groups_from_finals(list(groups)), pages, REQUESTS + CHUNK + 2 * LOOSE)
         self.ledger = Ledger(geometry, PolicyConfig(), REQUESTS, self._free_cached)
         self._rng = np.random.default_rng(seed)
-        self.hash = hashlib.sha256() if digest else None
         self.events = self.born = self.retractions = self.forwards = 0
         self.clear()
 
@@ -249,25 +243,7 @@ class Traffic:
         self._note(new, self.ledger.drain())
 
     def _note(self, new: np.ndarray, batch: CommandBatch | None = None) -> None:
-        """Put an answer and its commands into the digest."""
-        if self.hash is None:
-            return
-        self.hash.update(new.tobytes())
-        for number, wave in enumerate(batch.waves if batch else ()):
-            for c in wave:
-                self.hash.update(bytes([number & 255, c.group, c.arena]))
-                for part in (c.page, c.src_unit, c.dst_unit, c.src_tier, c.dst_tier):
-                    self.hash.update(part.tobytes())
-        for t in batch.table if batch else ():
-            self.hash.update(bytes([t.group, t.arena]) + t.page.tobytes() + t.entry.tobytes())
-
-
-def digest(events: int, seed: int) -> str:
-    """SHA-256 of every answer and command of a run; the books are checked at its end."""
-    traffic = Traffic(seed, digest=True)
-    traffic.run(events)
-    traffic.ledger.check_integrity()
-    return traffic.hash.hexdigest()
+        """Told of every answer and its commands, for tests."""
 
 
 def measure(events: int, seed: int = 0, blocks: int = BLOCKS) -> dict[str, Any]:
@@ -317,22 +293,18 @@ def measure(events: int, seed: int = 0, blocks: int = BLOCKS) -> dict[str, Any]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Three panels over events: time, fragmentation, moved."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True)
+    figure, axes = new_figure(13, 4, 3)
     panels = (
         ("CPU µs per event", 1, ("us_per_event",)),
         ("fragmentation, % of arena", 100, ("fragmentation_max", "fragmentation_mean")),
         ("superblocks moved per born page", 1, ("moved_per_born",)),
     )
     million = [r["events"] / 1e6 for r in result["blocks"]]
-    axes[1].axhline(5, color="black", linewidth=0.6)
     for axis, (label, factor, names) in zip(axes, panels, strict=True):
         for name in names:
-            axis.plot(million, [factor * r[name] for r in result["blocks"]])
-        axis.set_ylabel(label)
+            axis.plot(million, [factor * r[name] for r in result["blocks"]], label=name.rpartition("_")[2])
+        axis.set(xlabel="million events", ylabel=label)
         axis.set_ylim(bottom=0)
-    axes[1].legend(["5 %", "highest", "mean"])
-    axes[2].set_xlabel("million events")
-    figure.savefig(path, dpi=110)
+    axes[1].axhline(5, color="black", linewidth=0.6, label="5 %")
+    axes[1].legend()
+    figure.savefig(path)

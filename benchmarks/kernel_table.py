@@ -33,7 +33,6 @@ EXTENDS = ((1, 2048), (1, 64), (8, 2048), (8, 64), (32, 512), (128, 64))
 STORE_TOKENS, DRY_STORE_TOKENS = (1, 32, 256, 0), (1, 3, 0)  # 0: all that the requests hold
 PLANS, DRY_PLANS = ((1, 4096), (32, 16384), (256, 131072)), ((1, 40), (3, 5000))  # batch, tokens
 SHRINKS = ((16, 8), (16, 4), (16, 2), (8, 4), (8, 2), (4, 2), (16, 16), (4, 4))
-L2_TIMES = 4  # the working set, in L2 sizes
 
 
 class Timer:
@@ -46,7 +45,7 @@ class Timer:
         target = torch.empty_like(source)
         p50 = self(lambda _: target.copy_(source), 2)["p50_us"]
         self.copy_gbs = 2 * n / p50 / 1e3
-        self.cache_bytes = L2_TIMES * torch.cuda.get_device_properties(0).L2_cache_size
+        self.cache_bytes = 4 * torch.cuda.get_device_properties(0).L2_cache_size
 
     def layers_for(self, layer_bytes: int) -> int:
         """Layers to rotate through, so that none is still in the L2 when its turn comes again."""

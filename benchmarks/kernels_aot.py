@@ -59,8 +59,7 @@ class Config:
 
     @property
     def name(self) -> str:
-        flags = f"-{self.transform}" * (self.transform != "none") + "-clip" * self.clip
-        flags += "-cap" * self.logit_cap
+        flags = f"-{self.transform}" * (self.transform != "none") + "-clip" * self.clip + "-cap" * self.logit_cap
         return (
             f"{self.kernel}-sm{self.arch}-{self.dtype}-d{self.head_dim}g{self.group_size}p{self.page_size}"
             f"-k{self.finals[0]}v{self.finals[1]}-gqa{self.gqa}{flags}"

@@ -36,10 +36,6 @@ from benchmarks.harness.tasks import builtin, chat_ids, read_jsonl
 SIXTEEN = Method.parse("16bit")
 
 
-class Unequal(Unmeasurable):
-    """A server did not write the tokens that it was given."""
-
-
 # -- arithmetic ----------------------------------------------------------------------------------------------
 
 
@@ -169,7 +165,7 @@ class Run:
         """Force the answers of ``order`` and record them; ``first``: this is the reference.
 
         Raises:
-            Unequal: tokens differ from the given ones, or steps are missing.
+            Unmeasurable: tokens differ from the given ones, or steps are missing.
         """
         bodies = []
         for i in order:
@@ -185,7 +181,7 @@ class Run:
             if answer["output_ids"] != self.tokens[i] or not logit_record.is_complete(paths(i), len(self.tokens[i]))
         ]
         if wrong:
-            raise Unequal(f"{len(wrong)} of {len(order)} answers are not the forced tokens: {wrong[:10]}")
+            raise Unmeasurable(f"{len(wrong)} of {len(order)} answers are not the forced tokens: {wrong[:10]}")
 
     def compare(self, server: Server, *, backwards: bool = False) -> dict[str, Any]:
         """Record a server and compare it with the reference; its own records do not stay."""

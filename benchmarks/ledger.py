@@ -154,12 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--horizon", type=int, metavar="EVENTS", help="instead: so many random events")
     parser.add_argument("--seed", type=int, default=0, help="of the random events")
-    parser.add_argument("--digest", action="store_true", help="of the random events print the SHA-256, measure nothing")
     parser.add_argument("--out", type=Path, help="result file; the plot of the random events goes beside it as .png")
     options = parser.parse_args(argv)
-    if options.digest:
-        print(horizon.digest(options.horizon or parser.error("--digest needs --horizon EVENTS"), options.seed))
-        return 0
     head = {
         "command": " ".join(["python -m benchmarks.ledger", *(sys.argv[1:] if argv is None else argv)]),
         "versions": versions() | {"numpy": np.__version__},

@@ -51,15 +51,8 @@ def request(tokens: list[int], record: Path, reference: Path | None = None) -> d
         reference: the record that says of which tokens, where the vocabulary is larger than a record.
     """
     params = {"forced_tokens": tokens, "record": str(record), "reference": str(reference) if reference else None}
-    return {
-        "sampling_params": {
-            "temperature": 0,
-            "max_new_tokens": len(tokens),
-            "ignore_eos": True,
-            "custom_params": params,
-        },
-        "custom_logit_processor": ForceAndRecord.to_str(),
-    }
+    sampling = {"temperature": 0, "max_new_tokens": len(tokens), "ignore_eos": True, "custom_params": params}
+    return {"sampling_params": sampling, "custom_logit_processor": ForceAndRecord.to_str()}
 
 
 def step_of(request: Any) -> int:

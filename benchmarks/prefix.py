@@ -25,6 +25,7 @@ from benchmarks.harness.servers import greedy, stream_many
 from benchmarks.harness.stats import median, wilson
 from benchmarks.harness.tasks import prompt_ids
 from benchmarks.reasoner.task import EVAL_SEED_START, Problem, check, make_problem, render
+from sglang_pmkvq.serving.config import parse_size
 
 # The task asks for one of a program's last variables, and nothing else did the model learn.
 QUESTIONS = 8
@@ -135,7 +136,7 @@ def measure(method: Method, options: argparse.Namespace, seed: int) -> dict[str,
     turns = trace(options.contexts, options.turns, options.lines, options.order, seed)
     prompts, _ = prompt_ids(options.model, [turn.problem for turn in turns])
     bodies = [greedy(p, t.problem.chain_tokens + 32, bits=True) for p, t in zip(prompts, turns, strict=True)]
-    budget = None if method.unbounded else experiment.the_budget(options)
+    budget = None if method.unbounded else parse_size(options.budget_bytes)
     with experiment.serve_method(options, method, budget, options.concurrency) as server:
         # The first request of a server is slow.
         server.generate(**greedy(prompts[0], 16))
@@ -154,7 +155,7 @@ def measure(method: Method, options: argparse.Namespace, seed: int) -> dict[str,
 def plan(options: argparse.Namespace, results: Results) -> list[Job]:
     if not QUESTIONS <= options.lines < 255:
         raise ValueError(f"--lines {options.lines}: expected {QUESTIONS} to 254")
-    experiment.the_budget(options)  # refuses a wrong one before anything runs
+    parse_size(options.budget_bytes)  # refuses a wrong one before anything runs
 
     def job(method: Method, seed: int) -> Job:
         key = {"method": method.name, "seed": seed}
@@ -170,9 +171,8 @@ def rows_table(result: Result) -> str:
     for row in measured(result):
         by_method.setdefault(row["key"]["method"], []).append(row)
 
-    def center(rows: Sequence[Row], key: str, form: str = ".0f") -> str:
-        values = [row[key] for row in rows if row[key] is not None]
-        return format(statistics.median(values), form) if values else "-"
+    def center(rows: Sequence[Row], key: str) -> float | None:
+        return median([row[key] for row in rows if row[key] is not None])
 
     def right(rows: Sequence[Row], name: str) -> str:
         good, n = sum(r[f"{name}_right"] for r in rows), sum(r[f"{name}_answers"] for r in rows)
@@ -190,25 +190,25 @@ def rows_table(result: Result) -> str:
             "hits": average([r["hit_rate"] for r in rows]),
             "returns": average([r["hit_rate_of_returns"] for r in rows]),
             "parts": ", ".join(f"{100 * average(part):.0f}" for part in parts),
-            "ttft": f"{center(rows, 'ttft_hit_p50_ms')}, {center(rows, 'ttft_miss_p50_ms')}",
+            "ttft_hit": center(rows, "ttft_hit_p50_ms"),
+            "ttft_miss": center(rows, "ttft_miss_p50_ms"),
             "all": right(rows, "all"),
             "cold": right(rows, "cold"),
             "lowest": min((r["cold_lowest_bits"] for r in rows if r["cold_lowest_bits"]), default=None),
-            "mean": center(rows, "cold_mean_bits", ".1f"),
+            "mean": center(rows, "cold_mean_bits"),
         }
 
     return table(
         [*(pooled(*group) for group in by_method.items()), *unmeasured(result)],
         "method | logical tokens | hit rate | of returns | by quarter of the trace | TTFT ms: hits, misses | right "
         "| of cold hits | their bits: lowest, mean",
-        "{method:m} | {logical_tokens:,} | {hits:.1%} | {returns:.1%} | {parts} | {ttft} | {all} | {cold} "
-        "| {lowest}, {mean}",
+        "{method:m} | {logical_tokens:,} | {hits:.1%} | {returns:.1%} | {parts} | {ttft_hit:.0f}, {ttft_miss:.0f} "
+        "| {all} | {cold} | {lowest}, {mean:.1f}",
     )
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    experiment.server_arguments(parser, chunk=256)
-    experiment.budget_argument(parser, "12MiB")
+    experiment.server_arguments(parser, chunk=256, pool="12MiB")
     parser.add_argument("--order", choices=("zipf", "round"), default="zipf", help="default %(default)s")
     experiment.numbers(parser, contexts=(16, "programs"), turns=(96, "questions"), lines=(64, "lines of each program"))
     experiment.numbers(parser, concurrency=(4, "requests at a time"), repeats=(1, "seeds from --seed on"))

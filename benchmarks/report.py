@@ -84,52 +84,48 @@ def family(method: str) -> str:
     return method if method in ("16bit", "stock", "stock-fp8") else policy
 
 
-@dataclass(frozen=True)
-class Point:
-    """A method's accuracy (%), its 95 % interval, and its bits: of the peak of all bytes, and the mean."""
+def _points(result: Result, only: str = "") -> list[Row]:
+    """Methods whose name begins with ``only``, of the rows with most problems.
 
-    family: str
-    accuracy: float
-    interval: tuple[float, float]
-    peak_bits: float
-    mean_bits: float
-
-
-def _points(result: Result, only: str = "") -> list[Point]:
-    """Methods whose name begins with ``only``, of the rows with most problems."""
-    found = accuracy.groups(result)
-    most = max((problems for _, _, problems in found), default=0)
-    found = {key: rows for key, rows in found.items() if key[2] == most}
-    full = next((rows[0] for (name, _, _), rows in found.items() if name == "16bit"), {})
-    if any("used_bytes_peak" not in row for row in (full, *(row for rows in found.values() for row in rows))):
+    ``right`` is in percent, its 95 % interval reaches ``below`` and ``above`` it; ``peak`` and ``mean`` are bits, those
+    of the peak of all bytes and on average.
+    """
+    most = max((row["key"]["problems"] for row in measured(result)), default=0)
+    found = [(key[0], rows) for key, rows in accuracy.groups(result).items() if key[2] == most]
+    full = next((rows[0] for name, rows in found if name == "16bit"), {})
+    if any("used_bytes_peak" not in row for row in (full, *(row for _, rows in found for row in rows))):
         return []
     points = []
-    for (name, _, _), rows in found.items():
+    for name, rows in found:
         if name.startswith(only):
-            low, high = accuracy.interval(rows)
-            peak = 16 * max(row["used_bytes_peak"] for row in rows) / full["used_bytes_peak"]
-            bits = sum(row["effective_bits_avg"] for row in rows) / len(rows)
-            value = 100 * float(accuracy.correctness(rows).mean())
-            points.append(Point(family(name), value, (100 * low, 100 * high), peak, bits))
+            right, (low, high) = float(accuracy.correctness(rows).mean()), accuracy.interval(rows)
+            points.append({
+                "family": family(name),
+                "right": 100 * right,
+                "below": 100 * (right - low),
+                "above": 100 * (high - right),
+                "peak": 16 * max(row["used_bytes_peak"] for row in rows) / full["used_bytes_peak"],
+                "mean": sum(row["effective_bits_avg"] for row in rows) / len(rows),
+            })  # fmt: skip
     return points
 
 
 def _frontier(stem: str, result: Result, others: Sequence[Result]) -> list[Picture]:
     """Accuracy over bits: of the bytes at their peak, and of the mean over the run; KIVI from the offline files."""
     points = _points(result)
-    if len({point.family for point in points}) < 3:  # no frontier
+    if len({point["family"] for point in points}) < 3:  # no frontier
         return []
     points += [point for other in others if other["benchmark"] == "offline" for point in _points(other, "kivi")]
     figure, (left, right) = new_figure(9.5, 4.4, 2, sharey=True)
-    names = sorted(dict.fromkeys(p.family for p in points))
+    names = sorted(dict.fromkeys(p["family"] for p in points))
     kinds = list(dict.fromkeys(name.partition(", ")[0] for name in names))
     for name in names:
         kind, _, variant = name.partition(", ")
         look = {**style(kinds.index(kind)), "fillstyle": FILLS.get(variant, "full"), "markersize": 7}
-        own = [p for p in points if p.family == name]
-        y = [p.accuracy for p in own]
-        spread = [[p.accuracy - p.interval[0] for p in own], [p.interval[1] - p.accuracy for p in own]]
-        for axis, x in ((left, [p.peak_bits for p in own]), (right, [p.mean_bits for p in own])):
+        own = [p for p in points if p["family"] == name]
+        y, *spread = ([p[figure] for p in own] for figure in ("right", "below", "above"))
+        for axis, bits in ((left, "peak"), (right, "mean")):
+            x = [p[bits] for p in own]
             axis.errorbar(x, y, spread, linestyle="none", elinewidth=1, capsize=2, label=name, **look)
     for axis, what in ((left, "peak bytes, as bits (16 = the 16-bit cache's peak)"), (right, "effective bits, mean")):
         log2_axis(axis, [2, 4, 8, 16])

@@ -36,15 +36,12 @@ from benchmarks.harness.methods import PAGE, Method, bytes_per_token, label, met
 from benchmarks.harness.results import Key, Result, Results, Row, table, unmeasured
 from benchmarks.harness.servers import Server, ServerFailed, greedy, pool_state, scheduler_pid
 from benchmarks.harness.stats import mean
+from sglang_pmkvq.serving.config import parse_size
 
 # What the three lengths, or two, of a profile are.
 PROFILES = {"random": "input,output", "shared-prefix": "system,question,output", "long-cot": "input,output"}
-# Shortest of the lengths of ``random``, as a share of the longest.
-RANDOM_RATIO = 0.5
 # Questions to each system prompt of ``shared-prefix``.
 QUESTIONS = 4
-# Seconds between two looks at a pool.
-SAMPLE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,8 @@ class Profile:
 
     @property
     def _ratio(self) -> float:
-        return RANDOM_RATIO if self.name == "random" else 1.0
+        """The shortest length, as a share of the longest."""
+        return 0.5 if self.name == "random" else 1.0
 
     def output_lengths(self, requests: int, seed: int) -> list[int]:
         """Tokens that each answer must have: the client's draw, drawn again."""
@@ -126,11 +124,11 @@ def word_tokenizer(folder: Path, vocabulary: int) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    from benchmarks.reasoner.tokenizer import save
+
     core = Tokenizer(models.WordLevel({f"{i:x}": i for i in range(vocabulary)}, unk_token="0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False).save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
+    save(PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False), folder)
     return folder
 
 
@@ -214,11 +212,11 @@ def client_figures(out: dict[str, Any], lengths: Sequence[int]) -> dict[str, Any
 
 @contextlib.contextmanager
 def watch(server: Server, seen: list[dict[str, Any]]) -> Iterator[None]:
-    """Put ``/server_info`` into ``seen`` every ``SAMPLE_S`` seconds; stock is asked too, so that both pay for it."""
+    """Put ``/server_info`` into ``seen`` every second; stock is asked too, so that both pay for it."""
     end = threading.Event()
 
     def look() -> None:
-        while not end.wait(SAMPLE_S):
+        while not end.wait(1.0):
             seen.append(server.info()["internal_states"][0])
 
     thread = threading.Thread(target=look)
@@ -298,7 +296,7 @@ class Bench:
         self.methods = {method.name: method for method in methods(options.methods)}
         self.concurrency = experiment.number_list("--concurrency", options.concurrency)
         self.cells = {(profile.name, c): profile for profile in profiles(options) for c in self.concurrency}
-        self.budget = experiment.the_budget(options)
+        self.budget = parse_size(options.budget_bytes)
         self.folder = tempfile.TemporaryDirectory()
         # See ``run_client``; one for the whole run.
         self.home = Path(self.folder.name)
@@ -348,7 +346,7 @@ class Bench:
             except ServerFailed as error:
                 if name == group[0]:
                     raise RuntimeError(f"the baseline {name}: {error.reason}") from error
-                self.results.missing({"method": name}, error.reason)
+                self.results.add({"method": name}, missing=error.reason)
         return servers
 
     def _turn(self, servers: dict[str, Server], repeat: int, profile: Profile, concurrency: int) -> dict[str, Any]:
@@ -491,8 +489,7 @@ def rows_table(result: Result) -> str:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    experiment.server_arguments(parser, chunk=256)
-    experiment.budget_argument(parser, "8MiB")
+    experiment.server_arguments(parser, chunk=256, pool="8MiB")
     parser.add_argument("--profiles", default=",".join(PROFILES), help="default %(default)s")
     parser.add_argument("--concurrency", default="1,4,16", help="requests at a time, default %(default)s")
     experiment.numbers(parser, rounds=(2, "requests per concurrent one"), repeats=(3, "times that all is measured"))

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from benchmarks import accuracy, report
-from benchmarks.harness import tasks
-from benchmarks.harness.experiment import extra_args
-from benchmarks.harness.methods import bytes_per_token, label, methods
+from benchmarks.harness import experiment, tasks
+from benchmarks.harness.methods import Method, bytes_per_token, label, methods
 from benchmarks.harness.results import ROOT, Results
 from benchmarks.harness.servers import REASONER, ServerFailed
 from benchmarks.harness.stats import bootstrap, wilson
@@ -145,12 +144,13 @@ def test_methods() -> None:
 def test_a_result_file_resumes_and_refuses_other_settings(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     first = Results(path, "accuracy", {"seed": 0, "lines": "1-2"}, ["--a"])
+    first.save()
     assert json.loads(path.read_text())["config"] == {"seed": 0, "lines": "1-2"}
     first.add({"m": "b"}, value=2)
     again = Results(path, "accuracy", {"seed": 0, "lines": "1-2"}, ["--b"])
     assert again.has({"m": "b"})
     assert not again.has({"m": "a"})
-    again.missing({"m": "a"}, "no such thing")
+    again.add({"m": "a"}, missing="no such thing")
     again.order([{"m": "a"}, {"m": "b"}])
     rows = json.loads(path.read_text())["rows"]
     assert [(r["key"]["m"], r["command"]) for r in rows] == [
@@ -240,9 +240,11 @@ def test_wrong_options_are_one_sentence(line: str, message: str, capsys: pytest.
     assert error.count("\n") == 1
 
 
-def test_server_args_are_split_as_a_shell_does() -> None:
+def test_server_args_are_split_as_a_shell_does(monkeypatch: pytest.MonkeyPatch) -> None:
     options = accuracy.EXPERIMENT.parse(["--server-args", """--tp-size 2 --json-model-override-args '{"a": "b c"}'"""])
-    assert extra_args(options) == ["--tp-size", "2", "--json-model-override-args", '{"a": "b c"}']
+    monkeypatch.setattr(experiment, "serve", lambda model, args, quant: args)
+    args: Any = experiment.serve_method(options, Method.parse("stock"), None, 1)
+    assert args[-4:] == ["--tp-size", "2", "--json-model-override-args", '{"a": "b c"}']
     with pytest.raises(ValueError, match="--server-args: 'open: No closing quotation"):
         accuracy.EXPERIMENT.parse(["--server-args", "'open"])
 

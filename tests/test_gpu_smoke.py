@@ -18,9 +18,10 @@ from transformers import AutoTokenizer
 
 from benchmarks.gpu.cells import BACKENDS
 from benchmarks.harness.methods import Method, bytes_per_token, held_bytes
-from benchmarks.harness.servers import REASONER, STRICT, Server, generate_many, serve, sound
+from benchmarks.harness.servers import REASONER, STRICT, Server, generate_many, serve
 from benchmarks.harness.tasks import problem_set, prompt_ids
 from benchmarks.reasoner.task import Problem, check
+from tests.support.servers import sound
 
 GPU = torch.cuda.is_available()
 NO_GRAPHS = ("--disable-cuda-graph",)

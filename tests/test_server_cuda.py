@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.harness.servers import REASONER, STRICT, generate_many, serve, sound
+from benchmarks.harness.servers import REASONER, STRICT, generate_many, serve
 from benchmarks.harness.tasks import problem_set, prompt_ids, random_prompts
 from benchmarks.reasoner.task import check
 from tests.support.models import make_model
+from tests.support.servers import sound
 from tests.support.stock import answers
 
 pytestmark = [

@@ -20,6 +20,7 @@ from benchmarks.harness.methods import PAGE, bytes_per_token
 from benchmarks.harness.servers import REASONER, STRICT, Server, generate_many, serve
 from benchmarks.harness.tasks import problem_set, prompt_ids, random_prompts
 from benchmarks.reasoner.task import check, messages
+from tests.support.servers import metrics
 
 pytestmark = pytest.mark.server
 
@@ -124,23 +125,23 @@ def test_prometheus_agrees_with_the_ledger(server: Server) -> None:
     ids, _ = prompt_ids(REASONER, PROBLEMS)
     bodies = [{"input_ids": p, "sampling_params": {"temperature": 0, "max_new_tokens": 300}} for p in ids]
     generate_many(server, bodies, len(bodies))
-    metrics, pool = server.metrics(), server.pool()
+    samples, pool = metrics(server), server.pool()
     prefix = "sglang:pmkvq_"
-    assert metrics[f"{prefix}storage_bytes"] == pool["storage_bytes"]
-    assert metrics[f"{prefix}logical_tokens"] == pool["logical_tokens"]
+    assert samples[f"{prefix}storage_bytes"] == pool["storage_bytes"]
+    assert samples[f"{prefix}logical_tokens"] == pool["logical_tokens"]
     for name in ("effective_bits", "effective_bits_avg", "effective_bits_peak"):
-        assert metrics[f"{prefix}{name}"] > 0
-    assert metrics[f"{prefix}used_bytes_peak"] >= metrics[f"{prefix}used_bytes_avg"] > 0
+        assert samples[f"{prefix}{name}"] > 0
+    assert samples[f"{prefix}used_bytes_peak"] >= samples[f"{prefix}used_bytes_avg"] > 0
     for tier in (16, 8, 4, 2):
-        assert f"{prefix}pages{{tier={tier}}}" in metrics
-        assert f"{prefix}bytes{{tier={tier}}}" in metrics
-    shrunk = {k: v for k, v in metrics.items() if k.startswith(f"{prefix}shrinks_total")}
+        assert f"{prefix}pages{{tier={tier}}}" in samples
+        assert f"{prefix}bytes{{tier={tier}}}" in samples
+    shrunk = {k: v for k, v in samples.items() if k.startswith(f"{prefix}shrinks_total")}
     assert sum(shrunk.values()) > 0
-    assert metrics[f"{prefix}shrinks_total{{from=16,to=8}}"] <= pool["shrinks"]["16->8"]
-    assert metrics[f"{prefix}shrunk_bytes_total{{from=16,to=8}}"] > 0
-    assert f"{prefix}protected_pages{{kind=hard}}" in metrics
-    assert metrics[f"{prefix}dropped_rows_total"] == metrics[f"{prefix}unmapped_reads_total"] == 0
-    assert metrics["sglang:max_total_num_tokens"] == pool["logical_tokens"]
+    assert samples[f"{prefix}shrinks_total{{from=16,to=8}}"] <= pool["shrinks"]["16->8"]
+    assert samples[f"{prefix}shrunk_bytes_total{{from=16,to=8}}"] > 0
+    assert f"{prefix}protected_pages{{kind=hard}}" in samples
+    assert samples[f"{prefix}dropped_rows_total"] == samples[f"{prefix}unmapped_reads_total"] == 0
+    assert samples["sglang:max_total_num_tokens"] == pool["logical_tokens"]
 
 
 def test_shared_prefix_exists_once_and_shrinks_once(server: Server) -> None:

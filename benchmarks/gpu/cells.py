@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.harness.methods import Method, model_facts
 from benchmarks.harness.results import ROOT, Key, Results, Row
-from benchmarks.harness.servers import Server, serve
+from benchmarks.harness.servers import Server, greedy, serve
 from benchmarks.serve import word_tokenizer
 
 MODELS = ROOT / "benchmarks" / "models"
@@ -197,11 +197,10 @@ def run_cells(context: Context, results: Results, cells: Iterable[Cell]) -> bool
 def probe(server: Server, vocab: int, prompt: int = 48, tokens: int = 16) -> None:
     """Ask twice alone, greedily; CheckFailed if the answers are not whole, in the vocabulary, and the same."""
     ids = [(7 * i + 11) % vocab for i in range(prompt)]
-    params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     answers = []
     for _ in range(2):
         server.flush()  # else the second one would extend a prefix, in other shapes
-        answers.append(server.generate(input_ids=ids, sampling_params=params)["output_ids"])
+        answers.append(server.generate(**greedy(ids, tokens, ignore_eos=True))["output_ids"])
         if len(answers[-1]) != tokens or not all(0 <= t < vocab for t in answers[-1]):
             raise CheckFailed(f"expected {tokens} tokens below {vocab}, got {answers[-1]}")
     if answers[0] != answers[1]:

@@ -22,8 +22,9 @@ import requests
 
 from benchmarks.gpu.cells import GIB, MODELS, START_S, Cell, CheckFailed, Context, dummy_server
 from benchmarks.harness.methods import model_facts
-from benchmarks.harness.results import Row, markdown
-from benchmarks.harness.servers import Server, generate_many
+from benchmarks.harness.results import Row
+from benchmarks.harness.results import table as markdown_table
+from benchmarks.harness.servers import Server, generate_many, greedy
 from benchmarks.harness.tasks import random_prompts
 
 STEPS = 20
@@ -137,9 +138,8 @@ def run(context: Context, case: str, system: str, pool: int, count: int, prompt:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.trace.json.gz"):
         old.unlink()
-    params = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
     prompts = random_prompts(3, count, prompt, model_facts(MODELS / model)["vocab_size"])
-    bodies = [{"input_ids": p, "sampling_params": params} for p in prompts]
+    bodies = [greedy(p, new, ignore_eos=True) for p in prompts]
     # The load ends with the server, which the inner block ends first.
     with (
         ThreadPoolExecutor(1) as load,
@@ -169,9 +169,6 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown: milliseconds of a step by category, and their shares."""
     rows = [row for row in rows if "ms_per_step" in row]
     names = sorted({c for row in rows for c in row["ms_per_step"]})
-
-    def cell(row: Row, name: str) -> str:
-        return f"{row['ms_per_step'].get(name, 0.0):.3f} ({100 * row['share'].get(name, 0.0):.0f} %)"
-
-    lines = [(row["key"]["case"], f"{row['step_ms']:.3f}", *(cell(row, name) for name in names)) for row in rows]
-    return markdown(["case", "step ms", *names], lines)
+    forms = [f"{{ms_per_step[{name}]:.3f}} ({{share[{name}]:.0%}})" for name in names]
+    head, form = (" | ".join(cells) for cells in (["case", "step ms", *names], ["{case}", "{step_ms:.3f}", *forms]))
+    return markdown_table(rows, head, form)

@@ -21,7 +21,8 @@ import requests
 from benchmarks import serve as client
 from benchmarks.gpu.cells import GIB, MODELS, START_S, SYSTEMS, Cell, CheckFailed, Context, TimeUp, dummy_server
 from benchmarks.harness.methods import bytes_per_token
-from benchmarks.harness.results import Key, Row, markdown
+from benchmarks.harness.results import Key, Row
+from benchmarks.harness.results import table as markdown_table
 from benchmarks.harness.servers import Server
 
 
@@ -196,9 +197,6 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown: each workload of each server, and its saturated tokens per second against stock's of the same round."""
     done = [(row["key"], work) for row in rows for work in row.get("rows", [])]
 
-    def number(value: float | None, form: str = ",.0f") -> str:
-        return "-" if value is None else format(value, form)
-
     def rate(work: Row) -> float | None:
         """Saturated tokens per second, else the client's."""
         return work["saturated"]["tok_s"] if work["saturated"] else (work["client"] or {}).get("output_tok_s")
@@ -207,20 +205,18 @@ def table(rows: Sequence[Row]) -> str:
         return key["model"], key["kv_bytes"], key["round"], work["workload"]
 
     base = {place(key, work): rate(work) for key, work in done if key["system"] == "stock"}
-    lines = []
-    for key, work in done:
-        own, stock, asked = rate(work), base.get(place(key, work)), work["client"] or {}
-        best, pool = work["saturated"] or work["all"] or {}, work.get("pool", {})
-        lines.append((
-            key["model"], f"{key['kv_bytes'] / GIB:.3g}", work["workload"], key["system"], number(own),
-            number(own / stock if own and stock else None, ".2f"), number(asked.get("output_tok_s")),
-            number(asked.get("ttft_p50_ms")), number(best.get("step_ms"), ".2f"),
-            f"{number(best.get('running_mean'), '.1f')}, {number(best.get('running_peak'))}", work["retractions"],
-            number(best.get("effective_bits_mean"), ".2f"), number(best.get("kv_gb_s")),
-            number(pool.get("shrink_s"), ".2f"),
-        ))  # fmt: skip
-    head = (
-        "model", "KV GiB", "workload", "system", "tok/s, requests waiting", "x stock", "client tok/s", "TTFT ms p50",
-        "step ms", "running mean, peak", "retractions", "eff. bits", "KV GB/s", "shrink s",
-    )  # fmt: skip
-    return markdown(head, lines)
+
+    def shown(key: Key, work: Row) -> Row:
+        own, stock = rate(work), base.get(place(key, work))
+        ratio = own / stock if own and stock else None
+        best = work["saturated"] or work["all"]
+        return {"key": key, **work, "gib": key["kv_bytes"] / GIB, "own": own, "ratio": ratio, "best": best}
+
+    return markdown_table(
+        [shown(key, work) for key, work in done],
+        "model | KV GiB | workload | system | tok/s, requests waiting | x stock | client tok/s | TTFT ms p50 | step ms "
+        "| running mean, peak | retractions | eff. bits | KV GB/s | shrink s",
+        "{model} | {gib:.3g} | {workload} | {system} | {own:,.0f} | {ratio:.2f} | {client[output_tok_s]:,.0f} "
+        "| {client[ttft_p50_ms]:,.0f} | {best[step_ms]:.2f} | {best[running_mean]:.1f}, {best[running_peak]} "
+        "| {retractions} | {best[effective_bits_mean]:.2f} | {best[kv_gb_s]:,.0f} | {pool[shrink_s]:.2f}",
+    )

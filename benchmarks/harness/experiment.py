@@ -85,7 +85,7 @@ class Experiment:
         parser = Parser(prog=f"pmkvq bench {self.name}", description=self.about, formatter_class=raw)
         parser.add_argument("--model", type=Path, default=REASONER, help="model folder (default: the bundled reasoner)")
         if self.methods is not None:
-            listed = "default %(default)s; see benchmarks/harness/methods.py"
+            listed = "default %(default)s; see docs/benchmarks.md"
             parser.add_argument("--methods", default=self.methods, help=listed)
         out = Path(self.out) if self.out else None
         parser.add_argument("--out", type=Path, default=out, help="result file, default %(default)s; a run goes on")
@@ -103,7 +103,7 @@ class Experiment:
         try:
             options = self.parse(argv)
             page = {name: value for name in SHOWN if (value := getattr(options, name, None))}
-            results = Results(options.out, self.name, config(options, self.free), argv, page, save=False)
+            results = Results(options.out, self.name, config(options, self.free), argv, page)
             jobs = self.plan(options, results)
             results.save()
         except (OSError, ValueError) as error:
@@ -136,7 +136,7 @@ def measure(results: Results, jobs: Iterable[Job]) -> None:
                 except Unmeasurable as error:
                     for key in left:
                         if not results.has(key):
-                            results.missing(key, error.reason)
+                            results.add(key, missing=error.reason)
     results.order(keys)
 
 
@@ -187,17 +187,15 @@ def shell_words(text: str) -> str:
     return text
 
 
-def server_arguments(parser: argparse.ArgumentParser, chunk: int) -> None:
-    """Add options of every server."""
+def server_arguments(parser: argparse.ArgumentParser, chunk: int, pool: str = "") -> None:
+    """Add options of every server; with ``pool``, ``--pool-bytes``: one number of bytes for all methods."""
     parser.add_argument("--seed", type=int, default=0)
     numbers(parser, chunk=(chunk, "--chunked-prefill-size of every server"))
     more = "further flags for every server, in one string, quoted as for a shell"
     parser.add_argument("--server-args", default="", type=shell_words, help=more)
-
-
-def extra_args(options: argparse.Namespace) -> list[str]:
-    """``--server-args`` as a shell would split it."""
-    return shlex.split(options.server_args)
+    if pool:
+        told = "KV bytes of every method, default %(default)s"
+        parser.add_argument("--pool-bytes", dest="budget_bytes", default=pool, help=told)
 
 
 def serve_method(
@@ -211,7 +209,7 @@ def serve_method(
         more: further flags.
     """
     args = method.server_args(options.model, budget, running, options.chunk)
-    args += ["--random-seed", str(options.seed), *more, *extra_args(options)]
+    args += ["--random-seed", str(options.seed), *more, *shlex.split(options.server_args)]
     return serve(options.model, args, quant=method.quant)
 
 
@@ -220,21 +218,6 @@ def problem_arguments(parser: argparse.ArgumentParser, problems: int, lines: str
     numbers(parser, problems=(problems, "how many"))
     parser.add_argument("--first", type=int, default=0, help="index of the first problem")
     parser.add_argument("--lines", default=lines, help="program lines of the bundled task, default %(default)s")
-
-
-def budget_argument(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add ``--pool-bytes``: one number of bytes for all methods."""
-    told = "KV bytes of every method, default %(default)s"
-    parser.add_argument("--pool-bytes", dest="budget_bytes", default=default, help=told)
-
-
-def the_budget(options: argparse.Namespace) -> int:
-    """Bytes that it names.
-
-    Raises:
-        ValueError: it is no size.
-    """
-    return parse_size(options.budget_bytes)
 
 
 def budgets_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,14 +1,6 @@
 """KV-cache methods by name, and the server flags that run each in the same bytes. One list for all benchmarks.
 
-Names:
-
-* ``16bit``: stock SGLang with memory for everything: the ceiling of accuracy.
-* ``stock``: stock SGLang in the given bytes. ``stock-fp8``: the same with an fp8 KV cache.
-* ``age-FINAL``, ``uniform-FINAL``, ``static-FINAL``: our pool under that policy. FINAL is what ``--pmkvq-final-bits``
-  takes (``2``, ``k4v2``, ``0-2:8,3-5:k4v2``) or a calibration file. ``static`` protects sinks and window hard, as
-  KIVI-like systems do; with widths per layer it is the KVTuner-like mix.
-* ``-hard`` or ``-soft`` at the end chooses the protection; ``-nowindow`` leaves sinks and window unprotected;
-  ``-hadamard`` rotates keys (``--pmkvq-key-transform hadamard``).
+What each name means: docs/benchmarks.md, "Methods".
 """
 
 from __future__ import annotations
@@ -20,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_pmkvq.tools.demo import kv_bytes_per_token as bytes_per_token
+
 PAGE = 16
 POLICIES = ("age", "uniform", "static")
 
@@ -29,7 +23,7 @@ class Method:
     """How one server keeps its KV cache.
 
     Attributes:
-        name: as above.
+        name: as ``--methods`` takes it.
         quant: our pool, else stock.
         unbounded: gets all the bytes it needs, whatever the others get; the caller says how many.
         args: flags beyond those of the size.
@@ -92,7 +86,6 @@ class Method:
                 args += ["--max-total-tokens", str(budget_bytes // self.stock_token_bytes(model))]
         return [*args, *self.args]
 
-
     def stock_token_bytes(self, model: Path) -> int:
         """Bytes of a token in stock's own cache."""
         return bytes_per_token(model) // (2 if "fp8_e4m3" in self.args else 1)
@@ -101,13 +94,6 @@ class Method:
 def model_facts(model: Path) -> dict[str, Any]:
     """The model's ``config.json``."""
     return json.loads((model / "config.json").read_text())
-
-
-def bytes_per_token(model: Path) -> int:
-    """16-bit KV bytes of a token over all layers."""
-    c = model_facts(model)
-    head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-    return 2 * 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * head_dim
 
 
 def held_bytes(model: Path, lengths: Iterable[int]) -> int:

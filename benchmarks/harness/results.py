@@ -107,16 +107,14 @@ class Results:
         config: dict[str, Any],
         argv: Sequence[str] | None,
         page: Mapping[str, str] | None = None,
-        save: bool = True,
     ) -> None:
-        """Open ``path`` (None: nothing is written) and write what is known before the first row.
+        """Open ``path`` (None: nothing is written); ``save`` writes what is known before the first row.
 
         Args:
             benchmark: its name, as ``pmkvq bench`` takes it.
             config: everything that decides the figures, the seed included; JSON values.
             argv: arguments of the command, or None for the process's own.
             page: ``title`` and ``note`` of a new file.
-            save: write at once; else the caller calls ``save``.
 
         Raises:
             ValueError: the file holds something else, or rows of other settings.
@@ -130,8 +128,6 @@ class Results:
         self._known: set[str] = set()
         if path is not None and path.exists():
             self._resume(path)
-        if save:
-            self.save()
 
     def _resume(self, path: Path) -> None:
         try:
@@ -197,10 +193,6 @@ class Results:
         """Forget the rows of an earlier run that are not wanted: they are measured again."""
         with self._writing():
             self.rows[:] = [row for row in self.rows if wanted(row)]
-
-    def missing(self, key: Key, reason: str) -> Row:
-        """Say why a row has no values."""
-        return self.add(key, missing=reason)
 
     def order(self, keys: Iterable[Key]) -> None:
         """Sort the rows as planned, whatever order they were measured in; rows outside the plan come last."""

@@ -22,7 +22,6 @@ from typing import Any, Literal, TypeVar
 import psutil
 import requests
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.harness.results import ROOT
 
@@ -100,15 +99,6 @@ class Server:
         """What the pool says of itself (``--kv-quant pmkvq`` only)."""
         return pool_state(self.info()["internal_states"][0])
 
-    def metrics(self) -> dict[str, float]:
-        """Prometheus samples by ``name{labels}`` without SGLang's own labels."""
-        text = requests.get(f"{self.url}/metrics", timeout=60).text
-        out: dict[str, float] = {}
-        for sample in (s for family in text_string_to_metric_families(text) for s in family.samples):
-            labels = [f"{k}={v}" for k, v in sample.labels.items() if k in ("tier", "from", "to", "kind")]
-            out[sample.name + ("{" + ",".join(labels) + "}" if labels else "")] = sample.value
-        return out
-
     def flush(self) -> None:
         """Empty the radix tree; waits until the server is idle."""
         for _ in range(100):
@@ -146,19 +136,6 @@ class Server:
         RuntimeError: the server logged an error since ``mark``; figures of such a run are worth nothing."""
         if errors := self.errors(since_mark=True):
             raise RuntimeError(f"{name}: the server logged {errors[:3]}")
-
-
-def sound(server: Server) -> None:
-    """Raises:
-    RuntimeError: something was lost on the device, an error was logged, or an empty server holds pages (ours only)."""
-    pool = server.pool()
-    if lost := {name: pool[name] for name in ("dropped_rows", "unmapped_reads") if pool[name]}:
-        raise RuntimeError(f"lost on the device: {lost}")
-    server.flush()
-    if mapped := server.pool()["mapped_pages"]:
-        raise RuntimeError(f"an empty server holds {mapped} pages")
-    if errors := server.errors():
-        raise RuntimeError(f"the server logged {errors[:3]}")
 
 
 def scheduler_pid(server: Server) -> int:

@@ -5,13 +5,7 @@ messages) and an answer (``answer``, ``Answer`` or ``target``); AIME and MATH-50
 columns (``Question``, ``Correct Answer``, ``Incorrect Answer 1`` …) become multiple choice, options in an order that
 depends only on the seed and the question. ``checker`` in a record overrides that of the command.
 
-Checkers compare what stands behind the last ``</think>``, if there is one:
-
-* ``exact``: the whole answer, white space collapsed.
-* ``numeric``: the last ``\\boxed{…}`` if there is one, else the last number; equal as numbers (``1/2`` = ``0.5``).
-* ``boxed``: the last ``\\boxed{…}``; equal as numbers, or as text after LaTeX spacing and style are taken away. It does
-  no algebra: ``x+1`` and ``1+x`` differ.
-* ``choice``: a letter, in ``\\boxed{…}``, or behind "answer", or alone on the last line.
+Checkers compare what stands behind the last ``</think>``, if there is one; docs/benchmarks.md says when each is right.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from benchmarks.harness.servers import REASONER, Server, Unmeasurable
 from benchmarks.programs import functions, problems
 from benchmarks.programs.functions import PROGRAMS
 from benchmarks.programs.runs import Client, Program, figures
+from sglang_pmkvq.serving.config import parse_size
 
 
 def chosen(text: str) -> list[Program]:
@@ -44,7 +45,7 @@ def chosen(text: str) -> list[Program]:
 
 def plan(options: argparse.Namespace, results: Results) -> list[Job]:
     """A job per method, which has a server for all programs."""
-    programs, budget = chosen(options.programs), experiment.the_budget(options)
+    programs, budget = chosen(options.programs), parse_size(options.budget_bytes)
     asked = {program.name: problems.load(options, program.follow_ups(options)) for program in programs}
 
     def measure(url: str, model: Path | str, keys: Sequence[Key], server: Server | None) -> Iterator[dict[str, Any]]:
@@ -114,8 +115,7 @@ def rows_table(result: Result) -> str:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    experiment.server_arguments(parser, chunk=256)
-    experiment.budget_argument(parser, "6MiB")
+    experiment.server_arguments(parser, chunk=256, pool="6MiB")
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="default %(default)s")
     experiment.numbers(parser, running=(16, "--max-running-requests"))
     parser.add_argument("--url", help="of a running server, such as http://127.0.0.1:30000, instead of --methods")

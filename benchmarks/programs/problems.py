@@ -95,7 +95,7 @@ def traced(problem: task.Problem, follow_ups: int = 0) -> Problem:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options that choose problems and how they are asked; of every program."""
-    parser.add_argument("--task", default="builtin", help="builtin, or a JSON-lines file; see harness/tasks.py")
+    parser.add_argument("--task", default="builtin", help="builtin, or a JSON-lines file; see docs/benchmarks.md")
     parser.add_argument("--checker", choices=sorted(tasks.CHECKERS), help="for records that name none")
     parser.add_argument("--lines", default="40-56", help="program lines of the bundled task, default %(default)s")
     parser.add_argument("--temperature", type=float, default=1.5, help="of sampled chains, default %(default)s")

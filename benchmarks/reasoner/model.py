@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens, H query heads, G key/value heads, D = head_dim.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,6 @@ class Config:
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 8192
-
-    def to_dict(self) -> dict[str, int | float]:
-        """Plain dictionary, for checkpoints."""
-        return asdict(self)
 
 
 def rope_tables(config: Config, length: int) -> tuple[Tensor, Tensor]:
@@ -54,11 +50,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.heads, self.groups, self.dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.heads, self.groups, self.dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.groups * self.dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.groups * self.dim, bias=False)

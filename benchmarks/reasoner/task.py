@@ -12,14 +12,9 @@ every operand up in what it wrote before; the answer follows the ``#``::
 Every digit of the chain rests on two earlier digits, so one wrong lookup anywhere on the path to the
 asked variable gives a wrong answer: errors propagate, they do not average out.
 
-Format
-  * ``t17=`` opens a line, ``t17`` uses a variable, ``:7`` is a value; each is one token of the
-    tokenizer that ships with the model (see ``tokenizer.py``). Values carry a colon because ``t3`` next
-    to a bare ``7`` would read ``t37``.
-  * A value always stands directly behind the name it belongs to, where it is defined and where it is
-    used, so that looking a variable up is finding an earlier occurrence of its name.
-  * Names are consecutive from a random start and wrap from ``t255`` to ``t0``.
-  * A line costs 5 tokens in the prompt and 10 in the chain (constants: 3 and 6).
+Values carry a colon because ``t3`` next to a bare ``7`` would read ``t37``. A value always stands directly behind the
+name it belongs to, where it is defined and where it is used, so that looking a variable up is finding an earlier
+occurrence of its name. Tokens and lengths: README.md.
 
 Pure Python, no third-party packages; ``random.Random`` makes it identical on every machine.
 """
@@ -79,13 +74,9 @@ class Problem:
         constants = sum(line.op == "" for line in self.program)
         return 10 * (self.lines - constants) + 6 * constants + 7
 
-    @property
-    def dependence(self) -> float:
-        """Share of the lines that the answer depends on."""
-        return _dependence(self.program, self.asked)
 
-
-def _dependence(program: tuple[Line, ...] | list[Line], asked: int) -> float:
+def dependence(program: tuple[Line, ...] | list[Line], asked: int) -> float:
+    """Share of a program's lines that the answer depends on."""
     needed = {asked}
     for index in range(asked, -1, -1):  # operands always precede their line
         line = program[index]
@@ -152,7 +143,7 @@ def make_problem(seed: int, lines: int, constants: int | None = None) -> Problem
         raise ValueError(f"a problem of {lines} lines has at most {most} constants, got {constants}")
     program, asked = _draw(rng, lines, constants)
     if seed >= EVAL_SEED_START:
-        while _dependence(program, asked) < MIN_DEPENDENCE:
+        while dependence(program, asked) < MIN_DEPENDENCE:
             program, asked = _draw(rng, lines, constants)
     start = rng.randrange(NAMES)
     values = run(program)

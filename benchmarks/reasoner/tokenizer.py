@@ -54,12 +54,10 @@ def build() -> PreTrainedTokenizerFast:
     )
 
 
-def save(directory: Path) -> None:
+def save(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, readable by transformers 4 and 5."""
-    directory.mkdir(parents=True, exist_ok=True)
-    build().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config["chat_template"] = CHAT_TEMPLATE
+    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
     path.write_text(json.dumps(config, indent=2) + "\n")

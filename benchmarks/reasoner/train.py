@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from benchmarks.reasoner import task
-from benchmarks.reasoner import tokenizer as tokenizer_module
+from benchmarks.reasoner.evaluate import Quantizer, whole_chain_right
 from benchmarks.reasoner.model import Config, Llama, initialize
+from benchmarks.reasoner.tokenizer import ASSISTANT, END, USER, build, save
 
 HERE = Path(__file__).parent
 
@@ -63,23 +64,11 @@ STEPS = PHASES[-1].end
 SHORT = 0.1
 
 
-class Encoder:
-    """Problems to token rows; the same tokenizer and template that serve the model."""
-
-    def __init__(self) -> None:
-        self.tokenizer = tokenizer_module.build()
-        self.user, self.assistant, self.end = self.tokenizer.convert_tokens_to_ids(
-            [tokenizer_module.USER, tokenizer_module.ASSISTANT, tokenizer_module.END]
-        )
-
-    def __call__(self, problems: list[task.Problem]) -> list[tuple[list[int], list[int]]]:
-        """For each problem its prompt tokens (template included) and chain tokens (end included)."""
-        prompts = self.tokenizer([p.prompt for p in problems])["input_ids"]
-        chains = self.tokenizer([p.chain for p in problems])["input_ids"]
-        return [
-            ([self.user, *prompt, self.end, self.assistant], [*chain, self.end])
-            for prompt, chain in zip(prompts, chains, strict=True)
-        ]
+def encode(tokenizer: Tokenizer, problems: Sequence[task.Problem]) -> list[tuple[list[int], list[int]]]:
+    """For each problem its prompt tokens (template included) and chain tokens (end included)."""
+    prompts = tokenizer([f"{USER}{p.prompt}{END}{ASSISTANT}" for p in problems])["input_ids"]
+    chains = tokenizer([p.chain + END for p in problems])["input_ids"]
+    return list(zip(prompts, chains, strict=True))
 
 
 def phase_of(step: int) -> tuple[Phase, int]:
@@ -117,11 +106,11 @@ def batches(args: argparse.Namespace, start: int) -> Iterator[tuple[Tensor, int]
 
     Batch ``s`` depends on ``s`` and the seed alone, so a resumed run sees what an unbroken one would.
     """
-    encode = Encoder()
+    tokenizer = build()
     for step in range(start, args.steps):
         rng, lines, constants, count = batch_shape(step, args.seed, args.batch_tokens)
         base = rng.randrange(task.EVAL_SEED_START - count)
-        rows = encode([task.make_problem(base + i, lines, constants) for i in range(count)])
+        rows = encode(tokenizer, [task.make_problem(base + i, lines, constants) for i in range(count)])
         yield torch.tensor([prompt + chain for prompt, chain in rows]), len(rows[0][0])
 
 
@@ -136,62 +125,14 @@ def rate(step: int) -> float:
     return PEAK_RATE * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-class Threads:
-    """Uses fewer threads while other processes keep cores busy.
-
-    A parallel region waits for its slowest thread, so one thread that has to share its core slows every
-    step several times; doing without that core is faster. Linux only (elsewhere: always ``most``).
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.before = self._busy()
-        torch.set_num_threads(most)
-
-    @staticmethod
-    def _busy() -> tuple[float, float]:
-        """Wall-clock seconds now, and processor seconds spent by all other processes so far."""
-        try:
-            fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-        except OSError:
-            return time.monotonic(), 0.0
-        ticks = sum(fields[:3]) + sum(fields[5:7])  # user, nice, system, interrupts
-        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
-
-    def adapt(self) -> None:
-        """Choose the number of threads for the next steps (call often; acts every few seconds)."""
-        now, others = self._busy()
-        if now - self.before[0] < 3:
-            return
-        taken = (others - self.before[1]) / (now - self.before[0])
-        self.before = now, others
-        torch.set_num_threads(max(1, self.most - round(taken)))
-
-
-@torch.no_grad()
-def forced(model: Llama, problems: list[task.Problem], encode: Encoder) -> tuple[float, float]:
-    """Share of right next tokens and of chains right throughout, with the gold chain as input.
-
-    A chain right throughout is exactly what greedy decoding would write, so the second figure bounds the
-    accuracy of final answers from below.
-    """
-    right = total = whole = 0
-    for prompt, chain in encode(problems):
-        tokens = torch.tensor([prompt + chain])
-        hidden = model.hidden(tokens[:, :-1])[0, len(prompt) - 1 :]
-        hits = model.lm_head(hidden).argmax(-1) == tokens[0, len(prompt) :]
-        right, total, whole = right + int(hits.sum()), total + len(hits), whole + int(hits.all())
-    return right / total, whole / len(problems)
-
-
 def export(model: Llama, directory: Path) -> None:
     """Write config, bfloat16 weights, tokenizer and generation config in Hugging Face layout."""
-    tokenizer_module.save(directory)
-    encode = Encoder()
+    tokenizer = build()
+    save(tokenizer, directory)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **model.config.to_dict(),
+        **asdict(model.config),
         # transformers 5 reads rope_parameters, transformers 4 the plain rope_theta above.
         "rope_parameters": {"rope_type": "default", "rope_theta": model.config.rope_theta},
         "hidden_act": "silu",
@@ -203,15 +144,11 @@ def export(model: Llama, directory: Path) -> None:
         "tie_word_embeddings": False,
         "use_cache": True,
         "bos_token_id": None,
-        "eos_token_id": encode.end,
-        "pad_token_id": encode.tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
         "torch_dtype": "bfloat16",
     }
-    generation = {
-        "eos_token_id": encode.end,
-        "pad_token_id": encode.tokenizer.pad_token_id,
-        "do_sample": False,
-    }
+    generation = {name: config[name] for name in ("eos_token_id", "pad_token_id")} | {"do_sample": False}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     weights = {name: value.detach().bfloat16().contiguous() for name, value in model.state_dict().items()}
@@ -234,18 +171,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 1 <= args.steps <= STEPS:
         parser.error(f"--steps must be in 1..{STEPS}, got {args.steps}")
 
-    threads = Threads(args.threads)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     model = Llama(Config())
     initialize(model, args.seed)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    scales = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": scales, "weight_decay": 0.0}],
-        lr=PEAK_RATE,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    decays = {2: 0.01, 1: 0.0}  # of matrices and of scales
+    groups = [{"params": [p for p in model.parameters() if p.ndim == n], "weight_decay": w} for n, w in decays.items()]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), fused=True)
     args.work.mkdir(parents=True, exist_ok=True)
     checkpoint = args.work / "checkpoint.pt"
     step, tokens_seen, seconds = 0, 0, 0.0
@@ -258,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.log.write_text("")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, from step {step}")
 
-    encode = Encoder()
+    tokenizer = build()
     began = last_save = time.monotonic()
     window: list[tuple[float, float]] = []
     bar = tqdm(total=args.steps, initial=step, mininterval=5)
@@ -278,7 +210,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         step += 1
         tokens_seen += tokens.numel()
         bar.update()
-        threads.adapt()
         now = time.monotonic()
         if step % 25 == 0:
             loss_mean, right = np.mean(window, axis=0)
@@ -292,11 +223,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "loss": round(float(loss_mean), 5),
                 "next_token": round(float(right), 5),
                 "grad_norm": round(float(norm), 3),
-                "threads": torch.get_num_threads(),
+                "threads": args.threads,
             }
             if step % 250 == 0:
                 sizes = {f"chain_{n}": [task.eval_problem(i, n, n) for i in range(16)] for n in (8, 40, 100)}
-                record |= {name: forced(model, problems, encode)[1] for name, problems in sizes.items()}
+                for name, problems in sizes.items():
+                    whole = [whole_chain_right(model, *row, Quantizer()) for row in encode(tokenizer, problems)]
+                    record[name] = sum(whole) / len(whole)
             with args.log.open("a") as log:
                 log.write(json.dumps(record) + "\n")
             bar.set_postfix(loss=record["loss"], right=record["next_token"])
