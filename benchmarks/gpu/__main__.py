@@ -49,7 +49,10 @@ def run_module(context: Context, name: str, arguments: Sequence[str], values: Ro
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if context.dry else {})}
     with log.open("w") as out:
         command = [sys.executable, "-m", *arguments]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        # A suite that was started by nohup ignores SIGINT, and its child would too.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipes = {"stdout": out, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=heed, **pipes)
         try:
             status = process.wait()
         except TimeUp:
