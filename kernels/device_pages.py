@@ -74,7 +74,7 @@ def copy_launch(storage: GroupStorage, copies: ArenaCopies) -> Launch:
             "values1": storage.arenas[last].view(storage.dtype),
             "bytes1": storage.arenas[last],
             "meta1": pairs[1],
-            "clipped": storage.clipped_groups,
+            "clipped": storage.overflow_groups,
             "bytes_stride_l": storage.arenas[first].stride(0),
             "meta_stride_l": meta_stride,
             "MIN_TIER": group.final_of(first),

@@ -59,7 +59,7 @@ class GroupStorage:
         meta: per side, fp16 ``[L, N+1, H, D/G, P, 2]``, or None where the side never leaves 16 bits.
         table: int32 ``[num_arenas, N+1]``, ``unit << STEP_BITS | step`` or ``UNMAPPED``.
         coding: how keys and values become codes, and queries meet them.
-        clipped_groups: int64 scalar on the device, (zero, range) pairs whose finite value did not
+        overflow_groups: int64 scalar on the device, (zero, range) pairs whose finite value did not
             fit fp16 and was clamped, since the start.
         dropped_rows: int64 scalar on the device, rows of a token in a layer that Triton's store did
             not write because their page was unmapped or below 16 bits.
@@ -77,7 +77,7 @@ class GroupStorage:
     meta: tuple[torch.Tensor | None, torch.Tensor | None]
     table: torch.Tensor
     coding: Coding
-    clipped_groups: torch.Tensor
+    overflow_groups: torch.Tensor
     dropped_rows: torch.Tensor
     unmapped_reads: torch.Tensor
 
@@ -135,7 +135,7 @@ class GroupStorage:
             meta=(side_array(0), side_array(1)),
             table=torch.full((arenas_n, num_pages + 1), UNMAPPED, dtype=torch.int32, device=device),
             coding=(coding or Coding()).for_group(group, shape, device),
-            clipped_groups=torch.zeros((), dtype=torch.int64, device=device),
+            overflow_groups=torch.zeros((), dtype=torch.int64, device=device),
             dropped_rows=torch.zeros((), dtype=torch.int64, device=device),
             unmapped_reads=torch.zeros((), dtype=torch.int64, device=device),
         )

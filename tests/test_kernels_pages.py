@@ -219,8 +219,8 @@ def test_one_pass_from_16_bits_equals_the_chain(dst, kind):
         a, b = direct.meta[side], chained.meta[side]
         assert a is not None and b is not None
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))
-    assert int(direct.clipped_groups) == int(chained.clipped_groups)
-    assert (int(direct.clipped_groups) > 0) == (kind == "adversarial")
+    assert int(direct.overflow_groups) == int(chained.overflow_groups)
+    assert (int(direct.overflow_groups) > 0) == (kind == "adversarial")
 
 
 @pytest.mark.parametrize("pair", [(16, 16), (8, 8), (4, 4), (2, 2), (16, 8), (16, 2), (8, 4), (8, 2), (4, 2)])

@@ -62,7 +62,7 @@ def inputs_of(
 def on_device(storage: GroupStorage, device: str) -> GroupStorage:
     """The same storage on a device."""
     arenas, meta = (tuple(None if t is None else t.to(device) for t in x) for x in (storage.arenas, storage.meta))
-    counters = ("clipped_groups", "dropped_rows", "unmapped_reads")
+    counters = ("overflow_groups", "dropped_rows", "unmapped_reads")
     others = {name: getattr(storage, name).to(device) for name in ("table", *counters)}
     return dataclasses.replace(storage, arenas=arenas, meta=meta, coding=storage.coding.on(device), **others)
 
@@ -126,7 +126,7 @@ def fill_adversarial(storage: GroupStorage, pages: list[int], seed: int) -> None
 def snapshot(storage: GroupStorage) -> list[torch.Tensor]:
     """Every tensor of a storage on the CPU; side arrays as bits, for stale ones hold NaN."""
     meta = [m.view(torch.int16) for m in storage.meta if m is not None]
-    every = (*storage.arenas, *meta, storage.table, storage.clipped_groups, storage.unmapped_reads)
+    every = (*storage.arenas, *meta, storage.table, storage.overflow_groups, storage.unmapped_reads)
     return [t.to("cpu", copy=True) for t in every]
 
 

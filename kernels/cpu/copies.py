@@ -52,7 +52,7 @@ def _quantize(storage: GroupStorage, side: int, dst_tier: int, page: torch.Tenso
     x = x.to(torch.float32, memory_format=torch.contiguous_format)  # [L, n, H, P, D]
     q = codec.quantize(storage.coding.transformed(side, x), s.group_size)
     meta.index_copy_(1, page, q.meta.transpose(3, 4).contiguous())
-    storage.clipped_groups.add_(q.clipped)
+    storage.overflow_groups.add_(q.clipped)
     return codec.pack(codec.shift_down(q.codes, 8, dst_tier, _edge(storage, side)), dst_tier).flatten(2)
 
 

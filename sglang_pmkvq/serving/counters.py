@@ -46,7 +46,7 @@ class DeviceCounters:
         Warns at the first value beyond fp16, and at CRITICAL at the first row that was not stored or page that was
         read without a block: then answers are wrong.
         """
-        each = [(s.clipped_groups, s.dropped_rows, s.unmapped_reads) for s in self._storages]
+        each = [(s.overflow_groups, s.dropped_rows, s.unmapped_reads) for s in self._storages]
         counts = DeviceCounts(*torch.stack([torch.stack(row) for row in each]).sum(dim=0).tolist())
         if counts.overflow_groups and not self._last.overflow_groups:
             logger.warning(
