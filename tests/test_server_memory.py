@@ -29,10 +29,10 @@ def test_fresh_request_on_a_warm_server_keeps_min_active_bits() -> None:
 def test_resident_memory_stays_within_the_budget(tmp_path: Path) -> None:
     """Driven full three times over, the scheduler's peak grows by at most the budget and the stated workspace."""
     got = resident_memory(make_model(tmp_path / "wide", **SHAPE))
-    assert got["storage_bytes"] <= got["budget"]
+    assert got["storage_bytes"] <= got["budget_bytes"]
     assert got["used_share_at_end"] > 0.9
     # A 16-bit copy of what runs, even of two of its four layers, would not fit into the allowance.
     assert got["running_set_at_16_bits"] // 2 > WORKSPACE
-    assert got["growth"] <= got["budget"] + WORKSPACE, f"{got['growth'] / 2**20:.0f} MiB grown"
+    assert got["growth"] <= got["budget_bytes"] + WORKSPACE, f"{got['growth'] / 2**20:.0f} MiB grown"
     # And the pages are really there: most of the arena was touched.
-    assert got["growth"] >= got["budget"] // 3
+    assert got["growth"] >= got["budget_bytes"] // 3
