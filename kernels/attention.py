@@ -66,10 +66,10 @@ class PageSource:
 
 
 def host_lengths(lens: Lengths) -> np.ndarray:
-    """Lengths as int64 on the host; a device tensor is waited for."""
+    """Lengths as int64 on the host, a copy: SGLang counts its tensor up in place. A device tensor is waited for."""
     if isinstance(lens, torch.Tensor):
         lens = lens.cpu().numpy()
-    return np.asarray(lens, dtype=np.int64).reshape(-1)
+    return np.array(lens, dtype=np.int64).reshape(-1)
 
 
 class Attention(ABC):

@@ -133,7 +133,8 @@ class Hadamard(KeyTransform):
         return rotate_keys(x)
 
     def queries(self, q: torch.Tensor, layer: int) -> torch.Tensor:
-        return q @ self.matrices[q.dtype]
+        matrix = self.matrices.get(q.dtype)
+        return q @ (query_rotation(self.head_dim, q.dtype, q.device) if matrix is None else matrix)
 
     def copy_arguments(self) -> dict[str, Any]:
         return {**super().copy_arguments(), "ROTATE": 2.0 ** -exponents(self.head_dim)[0]}
@@ -252,6 +253,11 @@ class Coding:
     def transformed(self, side: int, x: torch.Tensor) -> torch.Tensor:
         """What is coded of fp32 ``x [L, n, H, P, D]`` of a side; may overwrite ``x``."""
         return self.key_transform.keys(x) if side == K else x
+
+    @property
+    def reads_plain(self) -> bool:
+        """Quantized keys are read by the queries as they are."""
+        return type(self.key_transform) is KeyTransform
 
     def queries(self, q: torch.Tensor, layer: int) -> torch.Tensor:
         """``q [..., H, M, D]`` as it reads quantized keys of a layer, in q's dtype; ``q`` itself if there is no change.

@@ -223,12 +223,11 @@ def run_launches(
         raise ValueError(f"at most {MAX_GQA} query heads per KV head, got {gqa}")
     if q.stride(2) != 1:
         raise ValueError("the last axis of q must be contiguous")
-    by_head = q.unflatten(1, (-1, gqa))
-    low = plan.buffers.storage.coding.queries(by_head, layer)
-    q_low = None
-    if low is not by_head:
-        # Both must have the same strides.
-        q, q_low = q.contiguous(), low.contiguous().flatten(1, 2)
+    coding, q_low = plan.buffers.storage.coding, None
+    if not coding.reads_plain:
+        # Both must have the same strides; and of contiguous queries a rotation is one product.
+        q = q.contiguous()
+        q_low = coding.queries(q.unflatten(1, (-1, gqa)), layer).flatten(1, 2)
     if plan.singles:
         partials = plan.partials_for(q.shape[1])
         yield decode_launch(plan, partials, q, q_low, layer, scale, logit_cap)

@@ -151,6 +151,22 @@ def test_a_decode_step_builds_on_the_one_before_until_a_page_starts(monkeypatch)
     assert len(made) == 1 + 4
 
 
+def test_a_plan_keeps_its_lengths_when_the_callers_tensor_moves_on() -> None:
+    """SGLang adds one to its lengths in place, and a mixed batch may come between two decode plans."""
+    inputs = make_inputs(3, PageShape(16, 2, 64, 64), LayerGroup((0,), 4, 4), [20], steps=0)
+    q, lens = inputs.q.bfloat16(), torch.tensor([20])
+    wrapper = TorchKernels().decode()
+    wrapper.plan(inputs.storage, inputs.req_pages, lens)
+    before = wrapper.run(q, 0, 0.1)
+    lens.add_(1)
+    assert torch.equal(wrapper.run(q, 0, 0.1), before)
+    lens.add_(1)
+    wrapper.plan(inputs.storage, inputs.req_pages, lens)
+    fresh = TorchKernels().decode()
+    fresh.plan(inputs.storage, inputs.req_pages, [22])
+    assert torch.equal(wrapper.run(q, 0, 0.1), fresh.run(q, 0, 0.1))
+
+
 @pytest.mark.parametrize("change", ["another_page", "another_block", "shrunk", "two_tokens", "other_pool"])
 def test_a_decode_step_does_not_build_on_what_has_changed(change, monkeypatch):
     inputs = requests((16, 2, 64, 2), torch.bfloat16, [60, 45], steps=0)

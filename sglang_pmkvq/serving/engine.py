@@ -24,7 +24,6 @@ _NAMES: dict[str, str] = {
     # memory
     "BaseTokenToKVPoolAllocator": "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator",
     "DefaultPoolConfigurator": "sglang.srt.model_executor.pool_configurator:DefaultPoolConfigurator",
-    "GB": "sglang.srt.mem_cache.memory_pool:GB",
     "KVCache": "sglang.srt.mem_cache.memory_pool:KVCache",
     "MemoryPoolConfig": "sglang.srt.model_executor.pool_configurator:MemoryPoolConfig",
     "unwrap_write_loc": "sglang.srt.mem_cache.memory_pool:unwrap_write_loc",
