@@ -136,7 +136,7 @@ class DecodeAttention(Attention):
             max_pages: on CUDA, a bound on the pages of any request that spares empty programs.
 
         Raises:
-            ValueError: see ``plan.read_page_lists``; reserved buffers that are too small.
+            ValueError: see ``page_lists.read_page_lists``; reserved buffers that are too small.
         """
         self.plan_source(storage, PageSource(req_pages), kv_lens, max_pages)
 
@@ -175,7 +175,7 @@ class ExtendAttention(Attention):
             seq_lens: ``[R]`` tokens with the chunk.
 
         Raises:
-            ValueError: see ``plan.read_page_lists``; a prefix longer than its sequence.
+            ValueError: see ``page_lists.read_page_lists``; a prefix longer than its sequence.
         """
         self.plan_source(storage, PageSource(req_pages), prefix_lens, seq_lens)
 

@@ -17,7 +17,8 @@ from sglang_pmkvq.kernels.attention import (
     host_lengths,
 )
 from sglang_pmkvq.kernels.cpu import partials, stock
-from sglang_pmkvq.kernels.plan import PageLists, Tile, build_tiles, read_page_lists, upload
+from sglang_pmkvq.kernels.page_lists import PageLists, read_page_lists, upload
+from sglang_pmkvq.kernels.plan import Tile, build_tiles
 from sglang_pmkvq.kernels.storage import GroupStorage
 
 # fp32 scores of one query tile in extend, over the groups of channels (8 MiB): bounds the workspace however long a
