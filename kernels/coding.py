@@ -140,7 +140,8 @@ class Hadamard(KeyTransform):
         return {**super().copy_arguments(), "ROTATE": 2.0 ** -exponents(self.head_dim)[0]}
 
     def on(self, device: torch.device | str) -> Hadamard:
-        return Hadamard(self.head_dim, device)
+        here = torch.device(device) == torch.device(self.device)
+        return self if here else Hadamard(self.head_dim, device)
 
     def check(self, layers: int, heads: int, head_dim: int) -> None:
         if self.head_dim != head_dim:
