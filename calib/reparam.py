@@ -24,7 +24,7 @@ from sglang_pmkvq.calib.corpus import Sample
 from sglang_pmkvq.calib.model import CalibrationModel, observing
 from sglang_pmkvq.calib.positions import NATURAL, turn
 from sglang_pmkvq.calib.sweep import State
-from sglang_pmkvq.kernels.coding import Coding, KeyTransform, Scaled
+from sglang_pmkvq.kernels.coding import Coding, Transform, Scaled
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 
 ALPHAS: tuple[float, ...] = tuple(i / 19 for i in range(20))
@@ -132,7 +132,7 @@ def observe_clips(
     model: CalibrationModel,
     sample: Sample,
     layers: Sequence[int],
-    transform: KeyTransform,
+    transform: Transform,
     group_size: int,
     state: State,
 ) -> None:

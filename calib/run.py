@@ -21,7 +21,7 @@ from sglang_pmkvq.calib.corpus import Corpus, load_corpus
 from sglang_pmkvq.calib.model import CalibrationModel
 from sglang_pmkvq.calib.sweep import State, Workspace, sweep
 from sglang_pmkvq.formats import GROUP_SIZES, KEY_TRANSFORMS
-from sglang_pmkvq.kernels.coding import Coding, KeyTransform, key_transform
+from sglang_pmkvq.kernels.coding import Coding, Transform, key_transform
 
 # The error of a layer's own output settles within a few samples.
 SEARCH_SAMPLES = 16
@@ -185,7 +185,7 @@ class _Run:
     workspace: Workspace
     quiet: bool
 
-    def transform(self, scale: torch.Tensor | None) -> KeyTransform:
+    def transform(self, scale: torch.Tensor | None) -> Transform:
         """What is done to keys, with key scales fp32 [L, H, D] where that needs them."""
         return key_transform(self.settings.transform, self.model.head_dim, scale)
 

@@ -1,17 +1,17 @@
 """How keys and values become codes, and how queries meet codes: one frozen object per layer group.
 
-Quantized tiers hold codes of T(k), k a key after RoPE, and are read by T*(q), where T*(q)·T(k) = q·k; the 16-bit tier
-is never transformed. Every room asks this object: who makes codes (``transformed``, ``edges``, ``copy_arguments``), who
-reads them (``queries``, ``key_clip``, ``read_arguments``), and who chooses (``from_calibration``, ``default``). A
-transform is one subclass of ``KeyTransform`` here, its arithmetic over again in ``reference/codes.py``, and its device
-code in ``triton/pages.py``. Values are coded as they are; what they become before codes, and what their sums must be
-turned back by, would be a second transform of ``Coding``, and a centre of keys a third field of it.
+Quantized tiers hold codes of T(k − R c), k a key after its rotary embedding R and c a centre (``rotary.py``), and are
+read by T⁻¹(q)·T(k − R c) + q·R c = q·k; values are codes of T(v), and T⁻¹ undoes their sum. The 16-bit tier is never
+touched. Every room asks this object: who makes codes (``transformed``, ``edges``, ``copy_arguments``), who reads them
+(``queries``, ``center_queries``, ``values_back``, ``key_clip``, ``read_arguments``), and who chooses
+(``from_calibration``, ``default``). A transform is one subclass of ``Transform`` here, its arithmetic over again in
+``reference/codes.py``, and its device code in ``triton/pages.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ import torch
 
 from sglang_pmkvq.artifact import Calibration
 from sglang_pmkvq.formats import KEY_TRANSFORMS, K, LayerGroup, PageShape
+from sglang_pmkvq.kernels.rotary import Center, RotaryTable
 
 Index = int | slice
 # The model's own, and what the CPU computes in.
@@ -30,8 +31,10 @@ NORMAL_CLIPS = {32: 0.76, 64: 0.63, 128: 0.60}
 
 
 @dataclass(frozen=True)
-class KeyTransform:
-    """The identity, and what a transform of keys has to say. Stateless; tensors on the device of the pool.
+class Transform:
+    """The identity, and what a transform has to say. Stateless; tensors on the device of the pool.
+
+    Every T is symmetric, so the queries that read T(k) and the sums that values T(v) come back from take one T⁻¹.
 
     Attributes:
         name: as flags and calibration files spell it.
@@ -39,23 +42,31 @@ class KeyTransform:
 
     name: ClassVar[str] = "none"
 
-    def keys(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """T(x) of fp32 ``x [L, n, H, P, D]``, all layers of the group; may overwrite ``x``."""
         return x
 
-    def queries(self, q: torch.Tensor, layer: int) -> torch.Tensor:
-        """T*(q) of ``q [..., H, M, D]`` of layer ``layer``, in q's dtype; ``q`` itself if that is the identity."""
-        return q
+    def inverse(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        """T⁻¹(x) of ``x [..., H, M, D]`` of layer ``layer``, in x's dtype; ``x`` itself if that is the identity."""
+        return x
 
-    def copy_arguments(self) -> dict[str, Any]:
-        """Arguments of the kernel that makes codes from 16-bit pages."""
-        return {"scale0": None, "ROTATE": 0.0}
+    def is_plain(self, layer: int) -> bool:
+        """Whether T of a layer is the identity."""
+        return True
 
-    def pick(self, index: Index) -> KeyTransform:
+    def scales(self, layers: int, heads: int, head_dim: int) -> torch.Tensor | None:
+        """What the kernel that makes codes divides by: fp32 ``[L, H, D]``; None if nothing is scaled."""
+        return None
+
+    def rotated(self, layers: int) -> tuple[bool, ...]:
+        """Which of the layers are rotated."""
+        return (False,) * layers
+
+    def pick(self, index: Index) -> Transform:
         """The same for some layers of the group."""
         return self
 
-    def on(self, device: torch.device | str) -> KeyTransform:
+    def on(self, device: torch.device | str) -> Transform:
         """The same with tensors on a device."""
         return self
 
@@ -64,7 +75,7 @@ class KeyTransform:
 
 
 @dataclass(frozen=True)
-class Scaled(KeyTransform):
+class Scaled(Transform):
     """K / s is coded and queries are multiplied by s (paper sec. 3.3, eq. 9).
 
     Attributes:
@@ -74,16 +85,19 @@ class Scaled(KeyTransform):
     name: ClassVar[str] = "scale"
     scale: torch.Tensor
 
-    def keys(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.div_(self.scale[:, None, :, None, :])
 
-    def queries(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+    def inverse(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         # The product in fp32, rounded once as it is written: scales are not exact in 16 bits. One launch on a GPU.
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        return torch.mul(q, self.scale[layer].unsqueeze(1), out=out)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return torch.mul(x, self.scale[layer].unsqueeze(1), out=out)
 
-    def copy_arguments(self) -> dict[str, Any]:
-        return {**super().copy_arguments(), "scale0": self.scale}
+    def is_plain(self, layer: int) -> bool:
+        return False
+
+    def scales(self, layers: int, heads: int, head_dim: int) -> torch.Tensor | None:
+        return self.scale
 
     def pick(self, index: Index) -> Scaled:
         return Scaled(self.scale[index])
@@ -100,7 +114,7 @@ class Scaled(KeyTransform):
 
 
 @dataclass(frozen=True)
-class Hadamard(KeyTransform):
+class Hadamard(Transform):
     """K·W/2^a is coded and q·W/2^b reads it; W·W = D·I and 2^(a + b) = D.
 
     W is Sylvester's matrix of ±1, so q·K stays, and every channel that is coded mixes all channels of a head: an
@@ -129,15 +143,18 @@ class Hadamard(KeyTransform):
             made = {dtype: query_rotation(self.head_dim, dtype, self.device) for dtype in QUERY_DTYPES}
         object.__setattr__(self, "matrices", made)
 
-    def keys(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rotate_keys(x)
 
-    def queries(self, q: torch.Tensor, layer: int) -> torch.Tensor:
-        matrix = self.matrices.get(q.dtype)
-        return q @ (query_rotation(self.head_dim, q.dtype, q.device) if matrix is None else matrix)
+    def inverse(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        matrix = self.matrices.get(x.dtype)
+        return x @ (query_rotation(self.head_dim, x.dtype, x.device) if matrix is None else matrix)
 
-    def copy_arguments(self) -> dict[str, Any]:
-        return {**super().copy_arguments(), "ROTATE": 2.0 ** -exponents(self.head_dim)[0]}
+    def is_plain(self, layer: int) -> bool:
+        return False
+
+    def rotated(self, layers: int) -> tuple[bool, ...]:
+        return (True,) * layers
 
     def on(self, device: torch.device | str) -> Hadamard:
         here = torch.device(device) == torch.device(self.device)
@@ -146,6 +163,64 @@ class Hadamard(KeyTransform):
     def check(self, layers: int, heads: int, head_dim: int) -> None:
         if self.head_dim != head_dim:
             raise ValueError(f"a rotation of {self.head_dim} channels does not fit head_dim {head_dim}")
+
+
+@dataclass(frozen=True)
+class PerLayer(Transform):
+    """A transform for each layer of a group: what a calibration chose one by one.
+
+    Attributes:
+        layers: each for a group of one layer.
+    """
+
+    name: ClassVar[str] = "mixed"
+    layers: tuple[Transform, ...]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer, transform in enumerate(self.layers):
+            if not transform.is_plain(0):
+                x[layer] = transform.forward(x[layer : layer + 1])[0]
+        return x
+
+    def inverse(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        return self.layers[layer].inverse(x, 0)
+
+    def is_plain(self, layer: int) -> bool:
+        return self.layers[layer].is_plain(0)
+
+    def scales(self, layers: int, heads: int, head_dim: int) -> torch.Tensor | None:
+        each = [transform.scales(1, heads, head_dim) for transform in self.layers]
+        some = [scale for scale in each if scale is not None]
+        if not some:
+            return None
+        one = torch.ones_like(some[0])
+        return torch.cat([one if scale is None else scale for scale in each])
+
+    def rotated(self, layers: int) -> tuple[bool, ...]:
+        return tuple(transform.rotated(1)[0] for transform in self.layers)
+
+    def pick(self, index: Index) -> Transform:
+        if isinstance(index, int):
+            return self.layers[index].pick(0)
+        return PerLayer(self.layers[index])
+
+    def on(self, device: torch.device | str) -> PerLayer:
+        return PerLayer(tuple(transform.on(device) for transform in self.layers))
+
+    def check(self, layers: int, heads: int, head_dim: int) -> None:
+        if len(self.layers) != layers:
+            raise ValueError(f"expected transforms of {layers} layers, got {len(self.layers)}")
+        for transform in self.layers:
+            transform.check(1, heads, head_dim)
+
+
+def per_layer(transforms: Sequence[Transform]) -> Transform:
+    """The transforms of single layers as that of a group; one where they are all of a kind that has no tensors."""
+    first = transforms[0]
+    alike = all(type(t) is type(first) for t in transforms)
+    if alike and isinstance(first, Scaled):
+        return Scaled(torch.cat([t.scale for t in transforms if isinstance(t, Scaled)]))
+    return first if alike else PerLayer(tuple(transforms))
 
 
 def exponents(head_dim: int) -> tuple[int, int]:
@@ -192,14 +267,24 @@ class Coding:
             2-bit codes of keys span the middle share ``key_clip`` of the stored range: the step from 4 to 2 bits
             rounds to those four levels, and readers narrow (zero, range) alike. Wider tiers and what is stored of a
             range are untouched.
+        value_transform: of values before they become codes, and of what attention sums of codes.
+        center: what is subtracted from keys before ``key_transform``, and added to scores; None for nothing.
     """
 
-    key_transform: KeyTransform = KeyTransform()
+    key_transform: Transform = Transform()
     key_clip: torch.Tensor | None = None
+    value_transform: Transform = Transform()
+    center: Center | None = None
 
     @classmethod
-    def from_calibration(cls, calibration: Calibration, layers: Sequence[int], heads: slice) -> Coding:
-        """What a calibration says of some layers and KV heads."""
+    def from_calibration(
+        cls, calibration: Calibration, layers: Sequence[int], heads: slice, rotary: RotaryTable | None = None
+    ) -> Coding:
+        """What a calibration says of some layers and KV heads.
+
+        Args:
+            rotary: all pairs of the model's rotary table; needed where the calibration has centres.
+        """
         scale = calibration.key_scale(tuple(layers), heads)
         clip = calibration.key_clip(tuple(layers), heads)
         given = None if scale is None else torch.from_numpy(scale)
@@ -222,7 +307,10 @@ class Coding:
                 (0, 1].
         """
         layers, heads = len(group.layers), shape.num_kv_heads
-        self.key_transform.check(layers, heads, shape.head_dim)
+        for transform in (self.key_transform, self.value_transform):
+            transform.check(layers, heads, shape.head_dim)
+        if self.center is not None:
+            self.center.check(layers, heads, shape.head_dim)
         clip = self.key_clip
         if clip is not None:
             if tuple(clip.shape) != (layers, heads):
@@ -230,18 +318,31 @@ class Coding:
             if not bool(((clip > 0) & (clip <= 1)).all()):
                 raise ValueError("clip factors of keys must be above 0 and at most 1 everywhere")
             clip = clip.to(device=device, dtype=torch.float32).contiguous() if group.k_final == 2 else None
-        transform = self.key_transform.on(device) if group.k_final < 16 else KeyTransform()
-        return Coding(transform, clip)
+        keys = self.key_transform.on(device) if group.k_final < 16 else Transform()
+        values = self.value_transform.on(device) if group.v_final < 16 else Transform()
+        center = self.center if group.k_final < 16 else None
+        return Coding(keys, clip, values, None if center is None else center.on(device))
 
     def on(self, device: torch.device | str) -> Coding:
         """The same with tensors on a device."""
-        clip = None if self.key_clip is None else self.key_clip.to(device)
-        return replace(self, key_transform=self.key_transform.on(device), key_clip=clip)
+        return Coding(
+            self.key_transform.on(device),
+            None if self.key_clip is None else self.key_clip.to(device),
+            self.value_transform.on(device),
+            None if self.center is None else self.center.on(device),
+        )
 
     def pick(self, index: Index) -> Coding:
-        """The same for some layers of the group: an index, which drops the axis of layers, or a slice."""
-        clip = None if self.key_clip is None else self.key_clip[index]
-        return replace(self, key_transform=self.key_transform.pick(index), key_clip=clip)
+        """The same for some layers of the group: an index, which drops the axis of layers, or a slice.
+
+        A centre keeps the axis: picked by an index it is a group of one layer.
+        """
+        return Coding(
+            self.key_transform.pick(index),
+            None if self.key_clip is None else self.key_clip[index],
+            self.value_transform.pick(index),
+            None if self.center is None else self.center.pick(index),
+        )
 
     @cached_property
     def _key_edges(self) -> torch.Tensor | None:
@@ -251,33 +352,37 @@ class Coding:
         """int32 ``[L, H]``, what the step from 4 to 2 bits compares 4-bit codes of a side with; None if not clipped."""
         return self._key_edges if side == K else None
 
-    def transformed(self, side: int, x: torch.Tensor) -> torch.Tensor:
-        """What is coded of fp32 ``x [L, n, H, P, D]`` of a side; may overwrite ``x``."""
-        return self.key_transform.keys(x) if side == K else x
+    def transform_of(self, side: int) -> Transform:
+        return self.key_transform if side == K else self.value_transform
 
-    @property
-    def reads_plain(self) -> bool:
-        """Quantized keys are read by the queries as they are."""
-        return type(self.key_transform) is KeyTransform
+    def transformed(self, side: int, x: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
+        """What is coded of fp32 ``x [L, n, H, P, D]`` of a side; may overwrite ``x``.
+
+        Args:
+            columns: int64 ``[n]``, pages of the sequence before each page; centred keys need it.
+        """
+        if side == K and self.center is not None:
+            assert columns is not None, "centred keys depend on where they stand"
+            x = self.center.subtracted(x, columns)
+        return self.transform_of(side).forward(x)
 
     def queries(self, q: torch.Tensor, layer: int) -> torch.Tensor:
         """``q [..., H, M, D]`` as it reads quantized keys of a layer, in q's dtype; ``q`` itself if there is no change.
 
         Whoever multiplies these with codes must also sum these for the zero term, else it does not cancel.
         """
-        return self.key_transform.queries(q, layer)
+        return self.key_transform.inverse(q, layer)
 
-    def copy_arguments(self, side: int) -> dict[str, Any]:
-        """Arguments of Triton's ``copy_kernel`` for the arena whose first side is ``side``."""
-        transform = self.key_transform if side == K else KeyTransform()
-        return {**transform.copy_arguments(), "edges0": self.edges(side)}
+    def center_queries(self, q: torch.Tensor, layer: int) -> torch.Tensor | None:
+        """What table rows of the layer's centre are multiplied by, see ``Center.query_rows``; None without a centre."""
+        return None if self.center is None else self.center.query_rows(q, layer)
 
-    def read_arguments(self, layer: int) -> dict[str, Any]:
-        """Arguments of Triton's decode and extend kernels, beside the transformed queries."""
-        return {"key_clip": None if self.key_clip is None else self.key_clip[layer]}
+    def values_back(self, out: torch.Tensor, layer: int) -> torch.Tensor:
+        """What sums ``out [..., H, M, D]`` of quantized values of a layer are in the model's own units."""
+        return self.value_transform.inverse(out, layer)
 
 
-def key_transform(name: str, head_dim: int, scale: torch.Tensor | None = None) -> KeyTransform:
+def key_transform(name: str, head_dim: int, scale: torch.Tensor | None = None) -> Transform:
     """The transform of a name in ``KEY_TRANSFORMS``; ``scale`` as ``Scaled`` has it, for that one alone.
 
     Raises:
@@ -290,8 +395,8 @@ def key_transform(name: str, head_dim: int, scale: torch.Tensor | None = None) -
     return _TRANSFORMS[name](head_dim, scale)
 
 
-_TRANSFORMS: dict[str, Callable[[int, Any], KeyTransform]] = {
-    KeyTransform.name: lambda head_dim, scale: KeyTransform(),
+_TRANSFORMS: dict[str, Callable[[int, Any], Transform]] = {
+    Transform.name: lambda head_dim, scale: Transform(),
     Scaled.name: lambda head_dim, scale: Scaled(scale),
     Hadamard.name: lambda head_dim, scale: Hadamard(head_dim),
 }

@@ -224,7 +224,7 @@ def run_launches(
     if q.stride(2) != 1:
         raise ValueError("the last axis of q must be contiguous")
     coding, q_low = plan.buffers.storage.coding, None
-    if not coding.reads_plain:
+    if not coding.key_transform.is_plain(layer):
         # Both must have the same strides; and of contiguous queries a rotation is one product.
         q = q.contiguous()
         q_low = coding.queries(q.unflatten(1, (-1, gqa)), layer).flatten(1, 2)

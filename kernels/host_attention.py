@@ -17,7 +17,7 @@ from sglang_pmkvq.kernels.attention import (
     host_lengths,
 )
 from sglang_pmkvq.kernels.cpu import partials, stock
-from sglang_pmkvq.kernels.page_lists import PageLists, read_page_lists, upload
+from sglang_pmkvq.kernels.page_lists import PageLists, read_page_lists, upload, write_columns
 from sglang_pmkvq.kernels.plan import Tile, build_tiles
 from sglang_pmkvq.kernels.storage import GroupStorage
 
@@ -143,13 +143,18 @@ def run_batched(
     every = requests == q.shape[0]  # then in order
     own = (q if every else q.index_select(0, rows)).to(torch.float32).mul(scale).view(requests, h, -1, d)
     own_low = storage.coding.queries(own, layer)
+    own_center = storage.coding.center_queries(own, layer)
     parts: list[partials.Partial] = []
     for tile in plan.tiles:
         tile_q = (own if plan.one_item_each else own.index_select(0, tile.request)).flatten(0, 1)
         tile_low = tile_q
         if own_low is not own:
             tile_low = (own_low if plan.one_item_each else own_low.index_select(0, tile.request)).flatten(0, 1)
-        parts.append(partials.attend_tile(storage, layer, tile, tile_q, tile_low, logit_cap))
+        center = own_center
+        if center is not None:
+            center = (center if plan.one_item_each else center.index_select(0, tile.request)).flatten(0, 1)
+        queries = partials.Queries(tile_q, tile_low, center)
+        parts.append(partials.attend_tile(storage, layer, tile, queries, logit_cap))
     if not parts:
         out.index_fill_(0, rows, 0.0)
         return
@@ -182,7 +187,9 @@ def run_extend(
     h, d = storage.shape.num_kv_heads, storage.shape.head_dim
     by_head = (q[request.start : request.end].to(torch.float32) * scale).view(request.end - request.start, h, -1, d)
     by_head_low = storage.coding.queries(by_head, layer)
+    by_head_center = storage.coding.center_queries(by_head, layer)
     own, own_low = (x.permute(1, 2, 0, 3) for x in (by_head, by_head_low))  # [H, M, Lq, D]
+    own_center = None if by_head_center is None else by_head_center.permute(1, 2, 0, 3)
     m, total = own.shape[1], own.shape[2]
     longest = max(t.pages_per_item for t in request.tiles) * storage.shape.page_size
     step = max(1, SCORE_ELEMENTS // (h * m * longest * storage.shape.groups_per_head))
@@ -191,6 +198,8 @@ def run_extend(
         n = end - start
         tile_q = own[:, :, start:end].reshape(h, m * n, d)
         tile_low = tile_q if by_head_low is by_head else own_low[:, :, start:end].reshape(h, m * n, d)
+        center = None if own_center is None else own_center[:, :, start:end].flatten(1, 2)
+        queries = partials.Queries(tile_q, tile_low, center)
         first = request.prefix_len + start
         position = torch.arange(first, first + n, dtype=torch.int32, device=q.device).repeat(m).unsqueeze(1)
         merged: partials.Partial | None = None
@@ -199,7 +208,7 @@ def run_extend(
                 continue  # all of it is in the future of this query tile
             seen = tile.last <= first and tile.absent is None
             mask = None if seen else position
-            part = partials.attend_tile(storage, layer, tile, tile_q, tile_low, logit_cap, mask)
+            part = partials.attend_tile(storage, layer, tile, queries, logit_cap, mask)
             merged = part if merged is None else partials.merge_two(merged, part)
         assert merged is not None, "a query sees at least itself"
         rows = slice(request.start + start, request.start + end)
@@ -276,6 +285,7 @@ class HostDecode(_Planned, DecodeAttention):
         if self._grow(storage, req_pages, lens):
             return
         lists = read_page_lists(storage, req_pages, lens)
+        write_columns(storage, req_pages, np.maximum(lens - 1, 0), lens)
         self._set_plan(storage, lists, np.arange(lens.size), np.ones(lens.size, dtype=np.int64))
 
     def _grow(self, storage: GroupStorage, req_pages: torch.Tensor, lens: np.ndarray) -> bool:
@@ -303,5 +313,6 @@ class HostExtend(_Planned, ExtendAttention):
     def _plan_lengths(self, storage: GroupStorage, source: PageSource, prefix: np.ndarray, lens: np.ndarray) -> None:
         req_pages = source.page_ids(int(-(-lens.max(initial=0) // storage.shape.page_size)))
         lists = read_page_lists(storage, req_pages, lens)
+        write_columns(storage, req_pages, prefix, lens)
         lengths = lens - prefix
         self._set_plan(storage, lists, np.cumsum(lengths) - lengths, lengths)

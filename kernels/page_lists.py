@@ -104,6 +104,23 @@ def read_page_lists(storage: GroupStorage, req_pages: torch.Tensor, kv_lens: np.
     return PageLists(pages, step, np.where(owned, entry >> STEP_BITS, 0), owned, kv_lens, raw)
 
 
+def write_columns(storage: GroupStorage, req_pages: torch.Tensor, prefix: np.ndarray, lens: np.ndarray) -> None:
+    """Notes where in their sequence the pages of tokens ``prefix .. lens`` of each request stand, int64 ``[R]`` both.
+
+    Nothing where no keys are centred. A page shared by requests stands at the same place in all of them.
+    """
+    if storage.page_columns is None:
+        return
+    p = storage.shape.page_size
+    first, counts = prefix // p, -(-lens // p) - prefix // p
+    request = np.repeat(np.arange(lens.size), counts)
+    column = np.arange(request.size) - np.repeat(np.cumsum(counts) - counts, counts) + first[request]
+    pages = req_pages[torch.from_numpy(request), torch.from_numpy(column)].long()
+    storage.page_columns.index_copy_(
+        0, pages.to(storage.device), torch.from_numpy(column).to(storage.device, torch.int32)
+    )
+
+
 def upload(storage: GroupStorage, values: np.ndarray) -> torch.Tensor:
     """Host integers as an int64 tensor on the storage's device."""
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(storage.device)

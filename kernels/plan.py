@@ -83,6 +83,8 @@ class Tile:
         whole: per side, rows before the first with codes.
         meta_rows: per side, int64 ``[(B - whole)*C]``, rows (page · H + head) of the side arrays. Padding reads page 0.
         levels: per side, fp32 ``[B - whole, 1, 1, 1]``, 2^b - 1.
+        columns: int64 ``[(B - whole of K)/H, C]``, where the pages of items whose K has codes stand in their sequence.
+            Padding has 0.
         absent: bool ``[B, 1, C*P]``, True for padding and tokens past the end; None without any.
         position: int32 ``[1, 1, C*P]``, position of each token in its sequence, ``NO_POSITION`` where
             absent; only in tiles of one item, for the causal mask.
@@ -96,6 +98,7 @@ class Tile:
     whole: tuple[int, int]
     meta_rows: tuple[torch.Tensor, torch.Tensor]
     levels: tuple[torch.Tensor, torch.Tensor]
+    columns: torch.Tensor
     absent: torch.Tensor | None
     position: torch.Tensor | None
     first: int
@@ -266,6 +269,10 @@ def _tiles(storage: GroupStorage, lists: PageLists, chosen: np.ndarray, one_item
     h, c = storage.shape.num_kv_heads, items.pages_per_item
     sides = (_side_rows(storage, lists, items, K), _side_rows(storage, lists, items, V))
     request = upload(storage, items.request)
+    columns = np.zeros(items.count * c, dtype=np.int64)
+    if storage.page_columns is not None:
+        columns[items.cell] = items.page_column
+    coded_columns = upload(storage, columns.reshape(-1, c)[sides[K].whole :])
     tile_items = 1 if one_item_tiles else max(1, TILE_ELEMENTS // (_page_elements(storage) * c))
     tiles = []
     for a in range(0, items.count, tile_items):
@@ -289,6 +296,7 @@ def _tiles(storage: GroupStorage, lists: PageLists, chosen: np.ndarray, one_item
                 whole=(whole_k, whole_v),
                 meta_rows=(meta_k, meta_v),
                 levels=(levels_k, levels_v),
+                columns=coded_columns[max(a - sides[K].whole, 0) : max(b - sides[K].whole, 0)],
                 absent=absent,
                 position=position,
                 first=first,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -31,6 +31,7 @@ from sglang_pmkvq.formats import (
     tier_units,
 )
 from sglang_pmkvq.kernels.coding import Coding
+from sglang_pmkvq.kernels.rotary import center_bytes, on_one_table
 
 MODEL_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
@@ -59,6 +60,9 @@ class GroupStorage:
         meta: per side, fp16 ``[L, N+1, H, D/G, P, 2]``, or None where the side never leaves 16 bits.
         table: int32 ``[num_arenas, N+1]``, ``unit << STEP_BITS | step`` or ``UNMAPPED``.
         coding: how keys and values become codes, and queries meet them.
+        page_columns: int32 ``[N+1]``, pages of the sequence before each page, so that its first token is at position
+            column · P; written by the plan of the forward that writes the page. One tensor for all groups of a pool,
+            None where no keys are centred.
         overflow_groups: int64 scalar on the device, (zero, range) pairs whose finite value did not
             fit fp16 and was clamped, since the start.
         dropped_rows: int64 scalar on the device, rows of a token in a layer that Triton's store did
@@ -77,6 +81,7 @@ class GroupStorage:
     meta: tuple[torch.Tensor | None, torch.Tensor | None]
     table: torch.Tensor
     coding: Coding
+    page_columns: torch.Tensor | None
     overflow_groups: torch.Tensor
     dropped_rows: torch.Tensor
     unmapped_reads: torch.Tensor
@@ -91,6 +96,7 @@ class GroupStorage:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         coding: Coding | None = None,
+        page_columns: torch.Tensor | None = None,
     ) -> GroupStorage:
         """Zero-filled storage, every page unmapped.
 
@@ -99,6 +105,7 @@ class GroupStorage:
         Args:
             superblocks: superblocks per arena of the group.
             coding: None codes keys and values as they are.
+            page_columns: that of the pool; None makes one if keys are centred.
 
         Raises:
             ValueError: a dtype, count or shape that does not fit, or a coding that does not (``Coding.for_group``).
@@ -125,6 +132,11 @@ class GroupStorage:
             dims = (layers, num_pages + 1, h, shape.groups_per_head, p, 2)
             return _zeros(dims, torch.float16, device)
 
+        coding = (coding or Coding()).for_group(group, shape, device)
+        if coding.center is None:
+            page_columns = None
+        elif page_columns is None:
+            page_columns = torch.zeros(num_pages + 1, dtype=torch.int32, device=device)
         return cls(
             shape=shape,
             group=group,
@@ -134,7 +146,8 @@ class GroupStorage:
             arenas=(arena(0), arena(1)),
             meta=(side_array(0), side_array(1)),
             table=torch.full((arenas_n, num_pages + 1), UNMAPPED, dtype=torch.int32, device=device),
-            coding=(coding or Coding()).for_group(group, shape, device),
+            coding=coding,
+            page_columns=page_columns,
             overflow_groups=torch.zeros((), dtype=torch.int64, device=device),
             dropped_rows=torch.zeros((), dtype=torch.int64, device=device),
             unmapped_reads=torch.zeros((), dtype=torch.int64, device=device),
@@ -214,10 +227,17 @@ class GroupStorage:
         """Bytes of all tensors that hold KV, (zero, range) or page tables.
 
         This is what the byte budget pays for, and equals the group's share of
-        ``PoolGeometry.total_bytes``. Tensors of the coding do not grow with the pool and are not in it.
+        ``PoolGeometry.total_bytes``, but for what the groups of a pool share (``shared_bytes``).
         """
         tensors = [*self.arenas, self.table, *(m for m in self.meta if m is not None)]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def shared_bytes(pool: Sequence[GroupStorage]) -> int:
+    """Bytes of centres, and of the rotary table and page columns that the groups of a pool share."""
+    centers = [s.coding.center for s in pool]
+    columns = next((s.page_columns for s in pool if s.page_columns is not None), None)
+    return center_bytes(centers) + (0 if columns is None else columns.nbytes)
 
 
 def allocate_pool(
@@ -226,7 +246,7 @@ def allocate_pool(
     device: torch.device | str = "cpu",
     codings: Sequence[Coding] | None = None,
 ) -> tuple[GroupStorage, ...]:
-    """One ``GroupStorage`` per layer group of a geometry; their ``nbytes`` sum to ``total_bytes``.
+    """One ``GroupStorage`` per layer group of a geometry; with ``shared_bytes`` their ``nbytes`` are ``total_bytes``.
 
     Args:
         codings: per group; None codes keys and values as they are.
@@ -237,10 +257,17 @@ def allocate_pool(
     given = [Coding()] * len(geometry.groups) if codings is None else list(codings)
     if len(given) != len(geometry.groups):
         raise ValueError(f"expected {len(geometry.groups)} codings, got {len(given)}")
+    centers = [
+        c.center if g.k_final < 16 else None for g, c in zip(geometry.groups, given, strict=True)
+    ]
+    given = [replace(c, center=x) for c, x in zip(given, on_one_table(centers, device, dtype), strict=True)]
+    columns = None
+    if any(c.center is not None for c in given):
+        columns = torch.zeros(geometry.num_pages + 1, dtype=torch.int32, device=device)
     pool = tuple(
-        GroupStorage.allocate(geometry.shape, g, n, geometry.num_pages, dtype, device, c)
+        GroupStorage.allocate(geometry.shape, g, n, geometry.num_pages, dtype, device, c, columns)
         for g, n, c in zip(geometry.groups, geometry.superblocks, given, strict=True)
     )
-    assert sum(s.nbytes for s in pool) == geometry.total_bytes
+    assert sum(s.nbytes for s in pool) + shared_bytes(pool) == geometry.total_bytes
     assert all(len(s.arenas) == len(SIDES) for s in pool)
     return pool

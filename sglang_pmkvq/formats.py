@@ -29,6 +29,12 @@ HEAD_DIMS: tuple[int, ...] = (64, 128, 256)
 # What may be done to keys before they become codes (``kernels/coding.py``), and what of it needs no calibration.
 KEY_TRANSFORMS: tuple[str, ...] = ("none", "scale", "hadamard")
 DATA_FREE_TRANSFORMS: tuple[str, ...] = ("none", "hadamard")
+# Where the centre of quantized keys comes from (``kernels/rotary.py``).
+KEY_CENTERS: tuple[str, ...] = ("none", "bias", "mean")
+# Rotary pairs that are centred together, and columns of their table: a cosine and a sine of each. At 16 bits one
+# position of a block is 32 bytes, the smallest piece that a GPU reads.
+ROTARY_PAIRS = 8
+ROTARY_COLUMNS = 2 * ROTARY_PAIRS
 
 # A page-table entry is one int32: ``unit << STEP_BITS | step``; UNMAPPED, all bits set, where the page is free.
 STEP_BITS = (len(TIERS) - 1).bit_length()
@@ -42,6 +48,8 @@ SIDES: tuple[int, ...] = (K, V)
 # Bytes of one (zero, range) pair: two fp16.
 META_PAIR_BYTES = 4
 ENTRY_BYTES = 4
+# Bytes of the position of a page's first token, which centred keys need: one int32.
+POSITION_BYTES = 4
 
 
 def check_tiers(tiers: tuple[int, ...]) -> None:
@@ -240,6 +248,8 @@ class PoolGeometry:
             tokens, exists on top and stays at 16 bits.
         hard_pages: R, the bound on simultaneously hard-protected pages (page 0 apart).
         superblocks: superblocks per arena, indexed ``[group][arena]``.
+        center_bytes: rotary table and centres of quantized keys, whatever the number of pages. Where there are any,
+            every page has its position too.
     """
 
     shape: PageShape
@@ -247,6 +257,7 @@ class PoolGeometry:
     num_pages: int
     hard_pages: int
     superblocks: tuple[tuple[int, ...], ...]
+    center_bytes: int = 0
 
     @property
     def arena_bytes(self) -> int:
@@ -258,8 +269,9 @@ class PoolGeometry:
 
     @property
     def overhead_bytes(self) -> int:
-        """Side arrays and tables, page 0 included."""
-        return (self.num_pages + 1) * page_overhead_bytes(self.shape, self.groups)
+        """Side arrays and tables, page 0 included; positions, rotary table and centres where keys are centred."""
+        per_page = page_overhead_bytes(self.shape, self.groups) + (POSITION_BYTES if self.center_bytes else 0)
+        return (self.num_pages + 1) * per_page + self.center_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -279,7 +291,7 @@ def arena_superblocks(group: LayerGroup, arena: int, num_pages: int, hard_pages:
 
 
 def geometry_for_pages(
-    shape: PageShape, groups: tuple[LayerGroup, ...], num_pages: int, hard_pages: int
+    shape: PageShape, groups: tuple[LayerGroup, ...], num_pages: int, hard_pages: int, center_bytes: int = 0
 ) -> PoolGeometry:
     """The geometry that holds ``num_pages`` logical pages."""
     return PoolGeometry(
@@ -291,16 +303,17 @@ def geometry_for_pages(
             tuple(arena_superblocks(g, a, num_pages, hard_pages) for a in range(len(g.arena_sides)))
             for g in groups
         ),
+        center_bytes,
     )
 
 
 def geometry_for_budget(
-    shape: PageShape, groups: tuple[LayerGroup, ...], budget_bytes: int, hard_pages: int
+    shape: PageShape, groups: tuple[LayerGroup, ...], budget_bytes: int, hard_pages: int, center_bytes: int = 0
 ) -> PoolGeometry | None:
     """The largest geometry whose ``total_bytes`` fit ``budget_bytes``; None if not even one page does."""
 
     def fits(n: int) -> bool:
-        return geometry_for_pages(shape, groups, n, hard_pages).total_bytes <= budget_bytes
+        return geometry_for_pages(shape, groups, n, hard_pages, center_bytes).total_bytes <= budget_bytes
 
     if not fits(1):
         return None
@@ -311,7 +324,7 @@ def geometry_for_budget(
     while high - low > 1:
         mid = (low + high) // 2
         low, high = (mid, high) if fits(mid) else (low, mid)
-    return geometry_for_pages(shape, groups, low, hard_pages)
+    return geometry_for_pages(shape, groups, low, hard_pages, center_bytes)
 
 
 def hard_reserve_bytes(shape: PageShape, groups: tuple[LayerGroup, ...], hard_pages: int) -> int:

@@ -15,7 +15,7 @@ from sglang_pmkvq.calib import reparam, sensitivity
 from sglang_pmkvq.calib.corpus import Sample
 from sglang_pmkvq.calib.model import CalibrationModel, observing
 from sglang_pmkvq.calib.positions import MODES, parse_effective_lens, stretched_positions, turn
-from sglang_pmkvq.kernels.coding import Coding, Hadamard, KeyTransform, Scaled
+from sglang_pmkvq.kernels.coding import Coding, Hadamard, Transform, Scaled
 from sglang_pmkvq.kernels.reference.attention import attention
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 from tests.support.models import make_model
@@ -100,7 +100,7 @@ def test_taylor_is_the_papers_formula(model: CalibrationModel, sample: Sample) -
 
 @pytest.mark.parametrize("hadamard", [False, True])
 def test_kl_is_that_of_a_whole_forward(model: CalibrationModel, sample: Sample, hadamard: bool) -> None:
-    transform = Hadamard(model.head_dim) if hadamard else KeyTransform()
+    transform = Hadamard(model.head_dim) if hadamard else Transform()
     state = {"kl": torch.zeros(model.layers, 2, 3, dtype=torch.float64)}
     clips = torch.rand(model.layers, model.kv_heads, generator=torch.Generator().manual_seed(3)) * 0.5 + 0.5
     sensitivity.observe_kl(model, sample, [Coding(transform, clips)] * 3, GROUP, state)
@@ -129,7 +129,7 @@ def test_kl_is_that_of_a_whole_forward(model: CalibrationModel, sample: Sample, 
 def test_taylor_of_rotated_keys(model: CalibrationModel, sample: Sample) -> None:
     """Keys alone are quantized otherwise; the gradient is of the keys themselves."""
     plain, rotated = (sensitivity.taylor_state(model.layers) for _ in range(2))
-    for transform, state in ((KeyTransform(), plain), (Hadamard(model.head_dim), rotated)):
+    for transform, state in ((Transform(), plain), (Hadamard(model.head_dim), rotated)):
         sensitivity.observe_taylor(model, sample, [Coding(transform)] * 3, GROUP, state)
     assert torch.equal(plain["taylor"][:, 1], rotated["taylor"][:, 1])
     ratio = rotated["taylor"][:, 0] / plain["taylor"][:, 0]
@@ -248,7 +248,7 @@ def test_clip_error_is_that_of_the_reference_attention(
     q, k, v = seen[1]
     for index in (0, 5, 12):
         s = torch.ones(()) if scales is None else scales[1]
-        coding = Coding(transform if hadamard else KeyTransform(), torch.full((model.kv_heads,), reparam.CLIPS[index]))
+        coding = Coding(transform if hadamard else Transform(), torch.full((model.kv_heads,), reparam.CLIPS[index]))
         low = fake_quantize((k / s).transpose(0, 1), 2, GROUP, coding).transpose(0, 1) * s
         out = attention(q, low, v, model.head_dim**-0.5, prefix_len=0)[0]
         want = (out - attention(q, k, v, model.head_dim**-0.5, prefix_len=0)[0]).square().sum((0, 2))

@@ -19,7 +19,7 @@ from sglang_pmkvq.calib import sensitivity
 from sglang_pmkvq.calib.run import Settings, calibrate
 from sglang_pmkvq.calib.show import table
 from sglang_pmkvq.formats import GROUP_SIZES, LayerGroup, PageShape, geometry_for_pages, groups_from_finals
-from sglang_pmkvq.kernels.coding import NORMAL_CLIPS, Coding, Hadamard, KeyTransform, Scaled
+from sglang_pmkvq.kernels.coding import NORMAL_CLIPS, Coding, Hadamard, Transform, Scaled
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 from sglang_pmkvq.ledger import PolicyConfig
 from sglang_pmkvq.serving.calibration import load_for
@@ -168,7 +168,7 @@ def test_transform_none_and_16_bit_layers(small: tuple[Path, Path], tmp_path: Pa
     assert "key_scale" not in got.tensors
     assert {bits for pair in got.finals for bits in pair} == {2, 16}
     groups = groups_from_finals(list(got.finals))
-    assert [c.key_transform for c in codings_of(got, groups)] == [KeyTransform()] * len(groups)
+    assert [c.key_transform for c in codings_of(got, groups)] == [Transform()] * len(groups)
 
 
 def test_rotated_keys(small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +354,7 @@ def test_rotation_without_a_calibration() -> None:
     ]
     assert clips[0] is not None and clips[0].shape == (2, 4)
     used = [s.coding.key_transform for s in pool.storages]
-    assert used == [KeyTransform() if g.k_final == 16 else Hadamard(64) for g in groups]
+    assert used == [Transform() if g.k_final == 16 else Hadamard(64) for g in groups]
     assert setup.summary()["key_transform"] == "hadamard" and "key transform hadamard" in setup.log_line()
     configuration = dataclasses.replace(configuration, codings=(Coding(),) * len(groups))
     plain = dataclasses.replace(setup, configuration=configuration)
@@ -428,7 +428,7 @@ def test_pool_holds_the_scales_of_its_groups(calibration: tuple[Path, Path]) -> 
     setup = dataclasses.replace(setup, configuration=dataclasses.replace(configuration, codings=turned))
     rotated = MixedPrecisionTokenPool(setup, 128, 16, torch.bfloat16, 4, 64, c.num_layers, "cpu", False)
     for storage in rotated.storages:
-        assert storage.coding.key_transform == (KeyTransform() if storage.group.k_final == 16 else Hadamard(64))
+        assert storage.coding.key_transform == (Transform() if storage.group.k_final == 16 else Hadamard(64))
 
 
 def test_the_command_and_settings_have_the_same_defaults() -> None:

@@ -24,7 +24,7 @@ from sglang_pmkvq.kernels.coding import (
     NORMAL_CLIPS,
     Coding,
     Hadamard,
-    KeyTransform,
+    Transform,
     Scaled,
     clip_edges,
     key_transform,
@@ -37,7 +37,7 @@ L, H, P = 3, 2, 16
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def transform_of(name: str, dim: int, seed: int = 0) -> KeyTransform:
+def transform_of(name: str, dim: int, seed: int = 0) -> Transform:
     gen = torch.Generator().manual_seed(seed)
     scale = torch.exp2(torch.rand(L, H, dim, generator=gen) * 4 - 2) if name == "scale" else None
     return key_transform(name, dim, scale)
@@ -103,14 +103,14 @@ def test_scaled_queries_are_rounded_once(dtype: torch.dtype) -> None:
     before = q.clone()
     for layer in range(L):
         want = (q.double() * transform.scale[layer].double()[:, None]).float().to(dtype)
-        assert torch.equal(transform.queries(q, layer), want)
+        assert torch.equal(transform.inverse(q, layer), want)
     assert torch.equal(q, before), "queries must stay for 16-bit pages"
 
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_rotated_queries_are_those_of_the_reference(dim: int) -> None:
     q = torch.randn(3, H, 4, dim, generator=torch.Generator().manual_seed(1))
-    got = Hadamard(dim).queries(q, 0)
+    got = Hadamard(dim).inverse(q, 0)
     torch.testing.assert_close(got, reference.unrotated_keys(q), rtol=1e-5, atol=1e-5)
     for dtype in DTYPES:
         w = query_rotation(dim, dtype, torch.device("cpu"))
@@ -245,8 +245,8 @@ def test_transforms_that_are_refused(name: str, scale: torch.Tensor | None, says
 
 
 def test_transforms_by_name() -> None:
-    assert key_transform("none", 64) == KeyTransform()
-    assert key_transform("hadamard", 64) == Hadamard(64) != KeyTransform()
+    assert key_transform("none", 64) == Transform()
+    assert key_transform("hadamard", 64) == Hadamard(64) != Transform()
     scale = torch.ones(L, H, 64)
     scaled = key_transform("scale", 64, scale)
     assert isinstance(scaled, Scaled) and scaled.scale is scale
@@ -290,7 +290,7 @@ def test_from_a_calibration(name: str, clipped: bool) -> None:
 @pytest.mark.parametrize("name", DATA_FREE_TRANSFORMS)
 def test_without_a_calibration(name: str, group_size: int) -> None:
     coding = Coding.default(name, L, PageShape(16, H, 128, group_size))
-    assert coding.key_transform == (Hadamard(128) if name == "hadamard" else KeyTransform())
+    assert coding.key_transform == (Hadamard(128) if name == "hadamard" else Transform())
     if name == "hadamard":
         assert coding.key_clip is not None
         assert torch.equal(coding.key_clip, torch.full((L, H), NORMAL_CLIPS[group_size]))

@@ -12,7 +12,7 @@ from sglang_pmkvq.kernels import host_attention
 from sglang_pmkvq.kernels import plan as plan_module
 from sglang_pmkvq.kernels.attention import PageSource
 from sglang_pmkvq.kernels.choose import kernels_for
-from sglang_pmkvq.kernels.coding import KeyTransform
+from sglang_pmkvq.kernels.coding import Transform
 from sglang_pmkvq.kernels.cpu import partials, unpack
 from sglang_pmkvq.kernels.host_attention import HostDecode
 from sglang_pmkvq.kernels.reference.attention import attention, read_sequence
@@ -90,7 +90,7 @@ def test_rotated_keys(shape, finals):
     check_extend(inputs, [0, p - 2, 2 * p - 20])
     same = make_inputs(shape, page_shape, LayerGroup((0,), *finals), [2 * p], steps=0, **more)
     check_decode(same)
-    assert (same.storage.coding.key_transform == KeyTransform()) == (finals[0] == 16)
+    assert (same.storage.coding.key_transform == Transform()) == (finals[0] == 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

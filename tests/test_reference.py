@@ -7,7 +7,7 @@ import torch
 
 from sglang_pmkvq.formats import HEAD_DIMS, SIDES, LayerGroup, PageShape
 from sglang_pmkvq.kernels import coding
-from sglang_pmkvq.kernels.coding import Coding, Hadamard, KeyTransform, Scaled
+from sglang_pmkvq.kernels.coding import Coding, Hadamard, Transform, Scaled
 from sglang_pmkvq.kernels.reference import codes as ref
 from sglang_pmkvq.kernels.reference.attention import attention, read_page
 from sglang_pmkvq.kernels.reference.inputs import make_inputs
@@ -24,7 +24,7 @@ def test_fake_quantize_equals_the_definition(bits, scaled, clipped):
     x[0, 1] = 2.5
     scale = torch.rand(2, 64, generator=gen) + 0.5 if scaled else None
     clip = torch.tensor([0.6, 0.9]) if clipped else None
-    made = Coding(KeyTransform() if scale is None else Scaled(scale), clip)
+    made = Coding(Transform() if scale is None else Scaled(scale), clip)
     got = ref.fake_quantize(x.transpose(0, 1), bits, 32, made).transpose(0, 1)
     for a in range(3):
         for b in range(2):
@@ -92,7 +92,7 @@ def test_a_rotation_spreads_an_outlier():
     """What it is for: one large channel no longer sets the range of all."""
     x = torch.randn(50, 128, generator=torch.Generator().manual_seed(0))
     x[:, 7] += 40
-    errors = [float((ref.fake_quantize(x, 2, 128, Coding(t)) - x).norm()) for t in (KeyTransform(), Hadamard(128))]
+    errors = [float((ref.fake_quantize(x, 2, 128, Coding(t)) - x).norm()) for t in (Transform(), Hadamard(128))]
     assert errors[1] < errors[0] / 2
 
 

@@ -50,7 +50,8 @@ def _quantize(storage: GroupStorage, side: int, dst_tier: int, page: torch.Tenso
     data = storage.blocks(side, 16).index_select(1, src).view(storage.dtype)
     x = data.view(storage.num_layers, -1, s.page_size, s.num_kv_heads, s.head_dim).transpose(2, 3)
     x = x.to(torch.float32, memory_format=torch.contiguous_format)  # [L, n, H, P, D]
-    q = codec.quantize(storage.coding.transformed(side, x), s.group_size)
+    columns = None if storage.page_columns is None else storage.page_columns.index_select(0, page).long()
+    q = codec.quantize(storage.coding.transformed(side, x, columns), s.group_size)
     meta.index_copy_(1, page, q.meta.transpose(3, 4).contiguous())
     storage.overflow_groups.add_(q.clipped)
     return codec.pack(codec.shift_down(q.codes, 8, dst_tier, _edge(storage, side)), dst_tier).flatten(2)

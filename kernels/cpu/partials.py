@@ -2,11 +2,12 @@
 
 With q̃ = the query as it reads codes (``coding.queries``) · softmax scale, per group γ of G channels:
 
-    S[t]  = Σ_γ ( scale_k[t,γ] · (q̃_γ · codes_γ[t]) + zero_k[t,γ] · Σ_{d∈γ} q̃_d )
+    S[t]  = Σ_γ ( scale_k[t,γ] · (q̃_γ · codes_γ[t]) + zero_k[t,γ] · Σ_{d∈γ} q̃_d ) + q̂ · table[position of t]
     O_γ   = Σ_t (p[t] · scale_v[t,γ]) · codes_γ[t] + Σ_t p[t] · zero_v[t,γ]
 
-so no dequantized K or V is ever formed. Codes are widened to fp32 a strip at a time (``unpack``): what this costs is
-memory traffic, not arithmetic.
+q̂ is what the query makes of the centre of the keys (``coding.center_queries``), and O of transformed values is turned
+back once per item. So no dequantized K or V is ever formed. Codes are widened to fp32 a strip at a time (``unpack``):
+what this costs is memory traffic, not arithmetic.
 """
 
 from __future__ import annotations
@@ -29,12 +30,26 @@ class Partial(NamedTuple):
     out: torch.Tensor
 
 
+class Queries(NamedTuple):
+    """Queries of the items of a tile times the softmax scale, fp32, one row per (item, head).
+
+    Attributes:
+        plain: ``[B, M, D]``, as they read 16-bit K.
+        low: the same as they read codes of K (``coding.queries``).
+        center: ``[B, M, 16·n]``, as they meet n blocks of the rotary table (``coding.center_queries``); None where
+            keys of this layer have no centre.
+    """
+
+    plain: torch.Tensor
+    low: torch.Tensor
+    center: torch.Tensor | None
+
+
 def attend_tile(
     storage: GroupStorage,
     layer: int,
     tile: Tile,
-    q: torch.Tensor,
-    q_low: torch.Tensor,
+    q: Queries,
     logit_cap: float,
     q_position: torch.Tensor | None = None,
 ) -> Partial:
@@ -42,13 +57,11 @@ def attend_tile(
 
     Args:
         layer: layer within the group.
-        q: fp32 ``[B, M, D]``, queries times the softmax scale.
-        q_low: the same as it reads quantized K (``coding.queries``).
         logit_cap: scores become cap·tanh(score/cap) if positive.
         q_position: int32 ``[M, 1]`` positions of the queries for the causal mask (tiles with
             positions only), or None if every query sees every token of the tile.
     """
-    scores = _scores(storage, layer, tile, q, q_low)
+    scores = _scores(storage, layer, tile, q)
     if logit_cap > 0.0:
         scores = scores.div_(logit_cap).tanh_().mul_(logit_cap)
     if q_position is not None:
@@ -63,8 +76,9 @@ def attend_tile(
     return Partial(peak, p.sum(dim=-1), _output(storage, layer, tile, p))
 
 
-def _scores(storage: GroupStorage, layer: int, tile: Tile, q: torch.Tensor, q_low: torch.Tensor) -> torch.Tensor:
+def _scores(storage: GroupStorage, layer: int, tile: Tile, queries: Queries) -> torch.Tensor:
     """S ``[B, M, T]`` of a tile, T = C*P tokens."""
+    q, q_low, _ = queries
     groups, whole, (b, m, _) = storage.shape.groups_per_head, tile.whole[K], q.shape
     scores = q.new_empty(b, m, tile.pages_per_item * storage.shape.page_size)
     coded = scores[whole:]
@@ -85,7 +99,21 @@ def _scores(storage: GroupStorage, layer: int, tile: Tile, q: torch.Tensor, q_lo
         dots.mul_(scale).addcmul_(q_sum, zero)
         if groups > 1:
             torch.sum(dots, dim=1, out=coded)
+        if queries.center is not None:
+            _add_center(storage, layer, tile, queries.center[whole:], coded)
     return scores
+
+
+def _add_center(storage: GroupStorage, layer: int, tile: Tile, q: torch.Tensor, scores: torch.Tensor) -> None:
+    """Adds q·R_m c to scores ``[B, M, T]`` of items whose K has codes; q ``[B, M, 16·n]``.
+
+    The table's rows are those of positions, so the heads of an item share them.
+    """
+    center, items = storage.coding.center, tile.columns.shape[0]
+    assert center is not None
+    rows = center.rotary.pages(center.places[layer], tile.columns, storage.shape.page_size).flatten(1, 2)
+    by_item = scores.view(items, -1, scores.shape[2])
+    by_item.baddbmm_(q.reshape(items, -1, q.shape[2]), rows.transpose(1, 2))
 
 
 def _output(storage: GroupStorage, layer: int, tile: Tile, p: torch.Tensor) -> torch.Tensor:
@@ -115,7 +143,11 @@ def _output(storage: GroupStorage, layer: int, tile: Tile, p: torch.Tensor) -> t
             _output_on_codes(storage, layer, tile, run, p[rows], own, out[rows])
     if coded.shape[0]:
         constant = torch.bmm(coded, zero.squeeze(2).transpose(1, 2))
-        out[whole:].unflatten(-1, (groups, -1)).add_(constant.unsqueeze(-1))
+        low = out[whole:]
+        low.unflatten(-1, (groups, -1)).add_(constant.unsqueeze(-1))
+        if not storage.coding.value_transform.is_plain(layer):
+            by_head = low.view(-1, storage.shape.num_kv_heads, m, low.shape[-1])
+            low.copy_(storage.coding.values_back(by_head, layer).flatten(0, 1))
     return out
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from sglang_pmkvq.formats import STEP_BITS, STEP_MASK, UNITS_PER_SUPERBLOCK, K, tier_units
-from sglang_pmkvq.kernels.reference.codes import clipped_range, dequantize, restored_keys, unpack_page
+from sglang_pmkvq.kernels.reference.codes import center_term, clipped_range, dequantize, restored_keys, unpack_page
 from sglang_pmkvq.kernels.storage import GroupStorage
 
 
@@ -50,7 +50,7 @@ def attention(
 def read_page(storage: GroupStorage, side: int, layer: int, page: int) -> torch.Tensor:
     """One page of a storage as fp32 ``[P, H, D]`` on the host, through its table, at whatever tier it has.
 
-    Keys come back in the model's own units, their transform undone. Addresses are computed
+    Keys and values come back in the model's own units, transform and centre undone. Addresses are computed
     from bytes here, not by the storage's views.
     """
     shape, group = storage.shape, storage.group
@@ -73,8 +73,12 @@ def read_page(storage: GroupStorage, side: int, layer: int, page: int) -> torch.
     if side == K and tier == 2 and coding.key_clip is not None:
         zero, span = clipped_range(zero, span, coding.key_clip[:, None, None])
     values = dequantize(codes, zero, span, tier)
-    if side == K:
-        values = restored_keys(values, coding.key_transform)
+    values = restored_keys(values, coding.transform_of(side))
+    if side == K and storage.page_columns is not None:
+        start = int(storage.page_columns[page]) * tokens
+        center = center_term(coding, torch.arange(start, start + tokens))
+        if center is not None:
+            values = values + center
     return values.transpose(0, 1)
 
 

@@ -11,8 +11,8 @@ from fractions import Fraction
 
 import torch
 
-from sglang_pmkvq.formats import TIERS
-from sglang_pmkvq.kernels.coding import Coding, Hadamard, KeyTransform, Scaled
+from sglang_pmkvq.formats import TIERS, K
+from sglang_pmkvq.kernels.coding import Coding, Hadamard, Scaled, Transform
 
 FP16_MAX = 65504.0
 
@@ -114,21 +114,48 @@ def unrotated_keys(x: torch.Tensor) -> torch.Tensor:
     return walsh_hadamard(x) / 2 ** math.floor(math.log2(x.shape[-1]) / 2)
 
 
-def transformed_keys(x: torch.Tensor, transform: KeyTransform) -> torch.Tensor:
-    """What is quantized of one layer's keys ``[..., H, T, D]``, fp32."""
+def center_term(coding: Coding, positions: torch.Tensor) -> torch.Tensor | None:
+    """R_m c of one layer at int64 ``positions [T]``, fp32 ``[H, T, D]``; None without a centre.
+
+    Pair (c₁, c₂) turned by the model's own angle is (c₁ + i·c₂)·(cos + i·sin).
+    """
+    center = coding.center
+    if center is None:
+        return None
+    table, (vector,) = center.rotary, center.vector.double()
+    out = torch.zeros(vector.shape[0], positions.numel(), vector.shape[1], device=vector.device)
+    for block in center.blocks[0]:
+        rows = table.values[table.blocks.index(block)][positions.to(vector.device)].double()
+        turn = torch.complex(rows[:, :8].contiguous(), rows[:, 8:].contiguous())
+        first, second = table.first[8 * block : 8 * block + 8], table.second[8 * block : 8 * block + 8]
+        turned = torch.complex(vector[:, first], vector[:, second])[:, None] * turn
+        out[..., first] = turned.real.float()
+        out[..., second] = turned.imag.float()
+    return out
+
+
+def transformed_keys(x: torch.Tensor, transform: Transform) -> torch.Tensor:
+    """What is quantized of one layer's keys (or values) ``[..., H, T, D]``, fp32, their centre already taken off."""
     if isinstance(transform, Scaled):
         return x / transform.scale[:, None]
     return rotated_keys(x) if isinstance(transform, Hadamard) else x
 
 
-def restored_keys(x: torch.Tensor, transform: KeyTransform) -> torch.Tensor:
+def restored_keys(x: torch.Tensor, transform: Transform) -> torch.Tensor:
     """Inverse of ``transformed_keys``."""
     if isinstance(transform, Scaled):
         return x * transform.scale[:, None]
     return unrotated_keys(x) if isinstance(transform, Hadamard) else x
 
 
-def fake_quantize(x: torch.Tensor, bits: int, group_size: int, coding: Coding | None = None) -> torch.Tensor:
+def fake_quantize(
+    x: torch.Tensor,
+    bits: int,
+    group_size: int,
+    coding: Coding | None = None,
+    side: int = K,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
     """What a reader of the pool sees instead of ``x [..., D]`` at ``bits``: same shape and dtype.
 
     The pool's chain (16 → 8 → … → bits), fp16 (zero, range) included; 16 bits return ``x`` itself.
@@ -136,7 +163,9 @@ def fake_quantize(x: torch.Tensor, bits: int, group_size: int, coding: Coding | 
     ``chain`` are the definitions that it is tested against.
 
     Args:
-        coding: of one layer (``Coding.pick``): then ``x`` are its keys ``[..., H, T, D]``. None: coded as they are.
+        coding: of one layer (``Coding.pick``): then ``x`` is a side of it ``[..., H, T, D]``. None: coded as they are.
+        side: K or V.
+        positions: int64 ``[T]`` of the tokens, where keys have a centre; None is 0, 1, 2, …
 
     Raises:
         ValueError: a width or group size that the pool does not have.
@@ -148,7 +177,13 @@ def fake_quantize(x: torch.Tensor, bits: int, group_size: int, coding: Coding | 
     coding = coding or Coding()
     if bits == 16:
         return x
-    values = transformed_keys(x.float(), coding.key_transform)
+    transform, center = coding.transform_of(side), None
+    values = x.float()
+    if side == K:
+        center = center_term(coding, torch.arange(x.shape[-2]) if positions is None else positions)
+    if center is not None:
+        values = values - center
+    values = transformed_keys(values, transform)
     groups = values.reshape(*x.shape[:-1], -1, group_size)
     low = groups.min(dim=-1, keepdim=True).values
     high = groups.max(dim=-1, keepdim=True).values
@@ -159,7 +194,7 @@ def fake_quantize(x: torch.Tensor, bits: int, group_size: int, coding: Coding | 
     codes = torch.round((groups - zero) * 255.0 / divisor).clamp(0, 255)
     codes = torch.where((span > 0) & ~broken, codes, torch.zeros_like(codes))
     width = 8
-    if bits == 2 and coding.key_clip is not None:
+    if bits == 2 and side == K and coding.key_clip is not None:
         codes = torch.floor(codes / 17 + 0.5)
         clip = coding.key_clip[:, None].expand(x.shape[:-1])[..., None, None]
         # Half-way between levels 0 and 1, and between 2 and 3, on the scale of 4-bit codes; exact in fp64.
@@ -173,4 +208,5 @@ def fake_quantize(x: torch.Tensor, bits: int, group_size: int, coding: Coding | 
         # and never equals one from rounding, because 2^b + 1 is odd.
         codes = torch.floor(codes / (2**width + 1) + 0.5)
     out = torch.where(broken, torch.full_like(groups, math.nan), codes * (span / (2**bits - 1)) + zero)
-    return restored_keys(out.reshape(x.shape), coding.key_transform).to(x.dtype)
+    restored = restored_keys(out.reshape(x.shape), transform)
+    return (restored if center is None else restored + center).to(x.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ import torch
 from sglang_pmkvq.commands import ArenaCopies, TableUpdate
 from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, LayerGroup, PageShape, tier_units
 from sglang_pmkvq.kernels.coding import Coding, Scaled, key_transform
+from sglang_pmkvq.kernels.reference.codes import center_term
+from sglang_pmkvq.kernels.rotary import Center, RotaryTable, on_one_table
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.torch_kernels import TorchKernels
 
@@ -53,6 +55,8 @@ def make_inputs(
     dtype: torch.dtype = torch.bfloat16,
     transform: str = "none",
     clip: bool = False,
+    value_transform: str = "none",
+    center: str | None = None,
     stale: bool = True,
 ) -> Inputs:
     """Requests with random K and V, their pages taken down to their steps one step at a time.
@@ -62,6 +66,9 @@ def make_inputs(
         query_heads: Hq, default H.
         transform: of keys, see ``kernels/coding.py``; key scales are random, between 1/4 and 4.
         clip: random clip factors of keys between 0.4 and 1 instead of None.
+        value_transform: of values; scales do not exist for them.
+        center: None, or how rotary pairs lie, ``neox``, ``interleaved`` or ``partial`` (neox, half of the channels):
+            keys then have centres of up to some hundred in random blocks of pairs, none in every third layer.
         stale: fill arenas and side arrays with random bytes first, and leave slots past the end of
             a sequence unwritten, so that reading what does not belong to a request shows.
     """
@@ -79,8 +86,11 @@ def make_inputs(
         page_steps[ids] = steps
     scale = torch.exp2(torch.rand(layers, h, d, generator=gen) * 4 - 2) if transform == Scaled.name else None
     factor = 0.4 + 0.6 * torch.rand(layers, h, generator=torch.Generator().manual_seed(seed + 1)) if clip else None
-    coding = Coding(key_transform(transform, d, scale), factor)
+    centers = None if center is None else random_center(seed, layers, shape, max(kv_lens, default=0), center)
+    coding = Coding(key_transform(transform, d, scale), factor, key_transform(value_transform, d), centers)
     superblocks = [2 * (n_pages + 1) + len(group.steps)] * len(group.arena_sides)
+    if centers is not None:
+        coding = replace(coding, center=on_one_table([centers], "cpu", dtype)[0])
     storage = GroupStorage.allocate(shape, group, superblocks, n_pages, dtype, coding=coding)
     if stale:
         for t in (*storage.arenas, *(m for m in storage.meta if m is not None)):
@@ -95,8 +105,18 @@ def make_inputs(
         at += count
         token = np.arange(length)
         slots.append(req_pages[r, token // p] * p + token % p)
-    written = tuple(torch.randn(layers, (n_pages + 1) * p, h, d, generator=gen).to(dtype) for _ in range(2))
+    keys, values = (torch.randn(layers, (n_pages + 1) * p, h, d, generator=gen) for _ in range(2))
     slot = torch.from_numpy(np.concatenate(slots))
+    if storage.page_columns is not None:
+        storage.page_columns.copy_(torch.randint(0, 4, (n_pages + 1,), generator=gen))  # of pages nobody wrote
+        columns = [np.arange(count) for count in counts]
+        storage.page_columns[torch.from_numpy(ids)] = torch.from_numpy(np.concatenate(columns)).to(torch.int32)
+        position = torch.from_numpy(np.concatenate([np.arange(length) for length in kv_lens]))
+        for layer in range(layers):
+            term = center_term(storage.coding.pick(layer), position)
+            if term is not None:
+                keys[layer, slot] += term.transpose(0, 1)
+    written = (keys.to(dtype), values.to(dtype))
     for layer in range(layers):
         TorchKernels().store(storage, layer, slot, written[0][layer, slot], written[1][layer, slot])
 
@@ -115,6 +135,23 @@ def make_inputs(
     _map(storage, units, page_steps)
     q = torch.randn(len(kv_lens), query_heads or h, d, generator=gen)
     return Inputs(storage, torch.from_numpy(req_pages), list(kv_lens), page_steps, q, (written[0], written[1]))
+
+
+def random_center(seed: int, layers: int, shape: PageShape, length: int, style: str) -> Center:
+    """Centres in random blocks of pairs, none in every third layer; see ``make_inputs``."""
+    gen = torch.Generator().manual_seed(seed + 2)
+    d = shape.head_dim
+    half = d // 4 if style == "partial" else d // 2
+    positions = -(-(length + 1) // 64) * 64
+    angle = torch.arange(positions)[:, None] * 1e4 ** (-torch.arange(half) / half)
+    table = RotaryTable.of(angle.cos() * 1.25, angle.sin() * 1.25, d, neox=style != "interleaved")
+    vector = torch.randn(layers, shape.num_kv_heads, d, generator=gen).pow_(3) * 20
+    count = len(table.blocks)
+    blocks = [
+        () if layer % 3 == 2 else torch.randperm(count, generator=gen)[: 1 + layer % 2 * (count - 1)].tolist()
+        for layer in range(layers)
+    ]
+    return Center.of(vector, blocks, table)
 
 
 def copies(

@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang_pmkvq.artifact import Calibration
 from sglang_pmkvq.formats import LayerGroup, PageShape, groups_from_finals
-from sglang_pmkvq.kernels.coding import Coding, KeyTransform
+from sglang_pmkvq.kernels.coding import Coding, Transform
 from sglang_pmkvq.ledger import PolicyConfig
 from sglang_pmkvq.serving.calibration import load_for
 from sglang_pmkvq.serving.config import DEFAULT_FINAL_BITS, PmkvqConfigError, parse_final_bits
@@ -57,7 +57,7 @@ def read_configuration(args: Any, facts: ModelFacts) -> Configuration:
     groups = groups_from_finals(layer_finals(args, facts.layers, calibration))
     warnings: tuple[str, ...] = ()
     if calibration is None:
-        transform = args.pmkvq_key_transform or KeyTransform.name
+        transform = args.pmkvq_key_transform or Transform.name
         codings = tuple(Coding.default(transform, len(group.layers), shape) for group in groups)
         if args.pmkvq_key_transform is None and any(group.k_final == 2 for group in groups):
             warnings = (PLAIN_TWO_BIT_KEYS,)

@@ -31,7 +31,7 @@ from sglang_pmkvq.formats import (
     geometry_for_pages,
     groups_from_finals,
 )
-from sglang_pmkvq.kernels.coding import Coding, Hadamard, KeyTransform, Scaled
+from sglang_pmkvq.kernels.coding import Coding, Hadamard, Transform, Scaled
 from sglang_pmkvq.kernels.launch import Launch
 from sglang_pmkvq.kernels.reference import attention as reference
 from sglang_pmkvq.kernels.reference.inputs import copies
@@ -253,7 +253,7 @@ def test_start_up_compiles_all_that_serving_launches(monkeypatch, transform):
     """
     launches = Launches(monkeypatch)
     finals = [(4, 4), (4, 2), (2, 8), (16, 4), (16, 16), (2, 8)]
-    everywhere = Hadamard(D) if transform == "hadamard" else KeyTransform()
+    everywhere = Hadamard(D) if transform == "hadamard" else Transform()
     second = everywhere if transform == "hadamard" else Scaled(torch.ones(1, H, D))
     clips = (None, None, torch.full((2, H), 0.6), None, None)
     codings = tuple(Coding(second if g == 1 else everywhere, clip) for g, clip in enumerate(clips))

@@ -1,0 +1,343 @@
+"""The model's own rotary embedding as a table that quantized keys are centred with, and the centres themselves.
+
+R_m is the model's rotary matrix at position m, after which keys are stored; c a vector per layer and KV head before
+it. Codes are made of k_m − R_m c, whose range is that of what varies from token to token, and readers add q·R_m c.
+Per rotary pair j of channels (x₁, x₂):
+
+    (R_m c)₁ = c₁·cos − c₂·sin      (R_m c)₂ = c₂·cos + c₁·sin
+    q·R_m c  = Σ_j (q₁c₁ + q₂c₂)·cos_mj + (q₂c₁ − q₁c₂)·sin_mj
+
+so reading costs one more dot product, of a row made from the query once per step with a row of the table, which
+depends on the position alone. What the table says is subtracted and added alike: its rounding is no error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch.nn import functional as F
+
+from sglang_pmkvq.formats import PAGE_SIZES, ROTARY_COLUMNS, ROTARY_PAIRS
+
+# Significant bits of a centre. With at most 11 of a 16-bit cosine its product is exact in fp32, so that every order of
+# operations, fused or not, rounds R_m c once and to the same bits.
+CENTER_BITS = 12
+# Energy of the centre that may be left in keys, as a share of the energy of what varies: it widens ranges by half of
+# that share.
+CENTER_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Cosines and sines of a model's rotary pairs by position, in blocks of ``ROTARY_PAIRS`` pairs.
+
+    Channels that are not rotated (partial rotary embeddings) are pairs that never turn, cosine 1 and sine 0.
+
+    Attributes:
+        values: ``[blocks, positions, 16]``: 8 cosines of the block's pairs, then their 8 sines. Positions are a
+            multiple of every page size.
+        first, second: int64 ``[D/2]``, the channels of each pair.
+        blocks: which blocks of pairs these are, ascending: block b has the pairs 8·b .. 8·b + 7.
+    """
+
+    values: torch.Tensor
+    first: torch.Tensor
+    second: torch.Tensor
+    blocks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cos: torch.Tensor, sin: torch.Tensor, head_dim: int, neox: bool = True) -> RotaryTable:
+        """The table of all pairs, from the model's own cosines and sines ``[positions, rotary_dim/2]``.
+
+        Args:
+            head_dim: D, of which the first ``rotary_dim`` channels are rotated.
+            neox: pair j is channels (j, j + rotary_dim/2); else they interleave, (2j, 2j + 1).
+
+        Raises:
+            ValueError: shapes that do not fit each other or ``head_dim``.
+        """
+        half = cos.shape[1]
+        if cos.shape != sin.shape or not 0 < 2 * half <= head_dim or (head_dim // 2) % ROTARY_PAIRS:
+            raise ValueError(f"{tuple(cos.shape)} cosines and {tuple(sin.shape)} sines do not fit head_dim {head_dim}")
+        pair = torch.arange(half)
+        first, second = (pair, pair + half) if neox else (2 * pair, 2 * pair + 1)
+        rest = torch.arange(2 * half, head_dim).view(2, -1)
+        first, second = torch.cat((first, rest[0])), torch.cat((second, rest[1]))
+        still = head_dim // 2 - half
+        rows = F.pad(torch.stack((cos, sin)), (0, still))
+        rows[0, :, half:] = 1.0
+        rows = F.pad(rows, (0, 0, 0, -cos.shape[0] % PAGE_SIZES[-1]))
+        # [2, positions, blocks, 8] -> [blocks, positions, 2, 8]
+        values = rows.unflatten(2, (-1, ROTARY_PAIRS)).permute(2, 1, 0, 3).flatten(2).contiguous()
+        return cls(values, first, second, tuple(range(values.shape[0])))
+
+    @property
+    def positions(self) -> int:
+        return self.values.shape[1]
+
+    @cached_property
+    def channel_at(self) -> torch.Tensor:
+        """Where a channel's cosine stands at position 0, int32 ``[D]``, in elements of ``values``; its sine is 8 on.
+
+        Position m is 16·m further. Channels of a block that is not there point at the first.
+        """
+        at = torch.zeros(2 * self.first.numel(), dtype=torch.int64)
+        for place, block in enumerate(self.blocks):
+            start = place * self.positions * ROTARY_COLUMNS
+            for channels in self.channels(block):
+                at[channels] = start + torch.arange(ROTARY_PAIRS)
+        return at.to(device=self.values.device, dtype=torch.int32)
+
+    def keep(self, blocks: Sequence[int]) -> RotaryTable:
+        """The same with some of its blocks."""
+        places = [self.blocks.index(block) for block in blocks]
+        return replace(self, values=self.values[places].contiguous(), blocks=tuple(blocks))
+
+    def on(self, device: torch.device | str, dtype: torch.dtype) -> RotaryTable:
+        """The same on a device, in the dtype of 16-bit pages; channels stay on the host."""
+        return replace(self, values=self.values.to(device=device, dtype=dtype).contiguous())
+
+    def channels(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """First and second channels of the 8 pairs of a block."""
+        pairs = slice(block * ROTARY_PAIRS, (block + 1) * ROTARY_PAIRS)
+        return self.first[pairs], self.second[pairs]
+
+    def pages(self, blocks: torch.Tensor, columns: torch.Tensor, page_size: int) -> torch.Tensor:
+        """Table rows of pages, fp32 ``[..., P, 16·n]``, of pages that start at ``columns [...] · P``.
+
+        Args:
+            blocks: int64 ``[n]`` places in this table.
+        """
+        per_block = self.positions // page_size
+        rows = self.values.view(-1, page_size * ROTARY_COLUMNS)
+        index = blocks.view(-1, *[1] * columns.dim()) * per_block + columns
+        found = rows.index_select(0, index.flatten()).view(*index.shape, page_size, ROTARY_COLUMNS)
+        out = torch.empty(
+            (*columns.shape, page_size, blocks.numel(), ROTARY_COLUMNS), dtype=torch.float32, device=rows.device
+        )
+        return out.copy_(found.movedim(0, -2)).flatten(-2)
+
+    def unturned(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """R_m⁻¹ k_m of keys ``[..., T, D]`` at int64 ``positions [T]``, fp32; every block must be there.
+
+        R_m may scale too (YaRN), so it is divided by cos² + sin².
+        """
+        rows = self.values.index_select(1, positions.to(self.values.device)).float()
+        cos, sin = rows.unflatten(2, (2, ROTARY_PAIRS)).permute(2, 1, 0, 3).flatten(2).to(keys.device)
+        keys = keys.float()
+        a, b = keys[..., self.first], keys[..., self.second]
+        norm = cos * cos + sin * sin
+        out = torch.empty_like(keys)
+        out[..., self.first] = (a * cos + b * sin) / norm
+        out[..., self.second] = (b * cos - a * sin) / norm
+        return out
+
+
+def rounded(vector: torch.Tensor) -> torch.Tensor:
+    """fp32 ``vector`` with ``CENTER_BITS`` significant bits, half to even."""
+    mantissa, exponent = torch.frexp(vector.float())
+    return torch.ldexp(torch.round(torch.ldexp(mantissa, torch.tensor(CENTER_BITS))), exponent - CENTER_BITS)
+
+
+def chosen_blocks(
+    vector: torch.Tensor,
+    spread: torch.Tensor,
+    rotary: RotaryTable,
+    tolerance: float = CENTER_TOLERANCE,
+    most: int | None = None,
+) -> tuple[tuple[int, ...], ...]:
+    """Blocks of pairs that each layer's centre needs: as few as leave at most ``tolerance`` of ``spread`` in the keys.
+
+    Args:
+        vector: ``[L, H, D]``, pre-rotary centres.
+        spread: ``[L, H]``, energy of what varies from key to key: the sum over channels of the variance.
+        most: bound on the blocks of a layer, None for no bound.
+
+    Returns:
+        per layer, blocks ascending; none where the centre is small against what varies.
+    """
+    energy = vector.double().square()
+    pairs = energy[..., rotary.first] + energy[..., rotary.second]
+    per_block = pairs.unflatten(-1, (-1, ROTARY_PAIRS)).sum(-1)  # [L, H, blocks]
+    share = per_block / spread.double().clamp_min(torch.finfo(torch.float64).tiny)[..., None]
+    chosen = []
+    for layer in share:
+        # The worst head decides: a block is read for all heads of a layer or for none.
+        order = layer.amax(0).argsort()
+        left = layer[:, order].cumsum(-1).amax(0)
+        dropped = int((left <= tolerance).sum())
+        kept = order[dropped:] if most is None else order[dropped:][-most:]
+        chosen.append(tuple(sorted(kept.tolist())))
+    return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class Center:
+    """Centres of the keys of one layer group.
+
+    Attributes:
+        vector: fp32 ``[L, H, D]``, c before the rotary embedding; ``rounded``, and 0 outside a layer's blocks.
+        blocks: per layer, the blocks of pairs that are subtracted and read, ascending; () is no centre.
+        rotary: table that has these blocks.
+        readers: per layer, fp32 ``[H, D, 16·n]``: q @ reader is what the table's rows of n blocks are multiplied
+            by; None where there is no centre.
+        places: per layer, int64 ``[n]``, where its blocks are in the table.
+        factors: fp32 ``[2, L, H, D]``, what a channel's cosine and sine are multiplied by to make R_m c.
+    """
+
+    vector: torch.Tensor
+    blocks: tuple[tuple[int, ...], ...]
+    rotary: RotaryTable
+    readers: tuple[torch.Tensor | None, ...] = field(init=False, repr=False, compare=False)
+    places: tuple[torch.Tensor, ...] = field(init=False, repr=False, compare=False)
+    factors: torch.Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._derive()
+
+    def _derive(self) -> None:
+        device = self.vector.device
+        readers, places = [], []
+        for vector, blocks in zip(self.vector, self.blocks, strict=True):
+            places.append(torch.tensor([self.rotary.blocks.index(b) for b in blocks], dtype=torch.int64, device=device))
+            readers.append(_reader(vector, blocks, self.rotary) if blocks else None)
+        factors = torch.stack((self.vector, self.vector))
+        factors[1][..., self.rotary.first] = -self.vector[..., self.rotary.second]
+        factors[1][..., self.rotary.second] = self.vector[..., self.rotary.first]
+        for name, value in (("readers", tuple(readers)), ("places", tuple(places)), ("factors", factors)):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def to_come(cls, layers: int, heads: int, rotary: RotaryTable, most: int) -> Center:
+        r"""Centres of 0, to be ``fill``\ ed before the first key is coded; each layer reads ``most`` blocks."""
+        blocks = rotary.blocks[:most]
+        return cls(torch.zeros(layers, heads, 2 * rotary.first.numel()), (blocks,) * layers, rotary)
+
+    def fill(self, vector: torch.Tensor, blocks: Sequence[Sequence[int]]) -> None:
+        """Take centres ``vector [L, H, D]`` as far as they lie in ``blocks``, once, while no key is coded.
+
+        In place: a captured CUDA graph finds the tensors where they were. Every layer goes on reading as many blocks
+        as before.
+
+        Args:
+            blocks: per layer, no more than it reads.
+        """
+        assert not bool(self.vector.any()), "centres are taken once"
+        filled = Center.of(
+            vector.to(self.vector.device),
+            [
+                [*own, *[b for b in self.rotary.blocks if b not in own][: len(have) - len(own)]]
+                for own, have in zip(blocks, self.blocks, strict=True)
+            ],
+            self.rotary,
+        )
+        object.__setattr__(self, "blocks", filled.blocks)
+        self.vector.copy_(filled.vector)
+        self.factors.copy_(filled.factors)
+        for mine, new in ((self.readers, filled.readers), (self.places, filled.places)):
+            for a, b in zip(mine, new, strict=True):
+                if a is not None and b is not None:
+                    a.copy_(b)
+
+    @classmethod
+    def of(cls, vector: torch.Tensor, blocks: Sequence[Sequence[int]], rotary: RotaryTable) -> Center:
+        """Centres ``vector [L, H, D]`` as far as they lie in ``blocks``."""
+        own = tuple(tuple(sorted(b)) for b in blocks)
+        mask = torch.zeros(len(own), 1, vector.shape[-1], dtype=torch.bool)
+        for layer, chosen in enumerate(own):
+            for block in chosen:
+                for channels in rotary.channels(block):
+                    mask[layer, :, channels] = True
+        kept = torch.where(mask.to(vector.device), rounded(vector), torch.zeros(()))
+        return cls(kept, own, rotary)
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """Blocks of pairs that some layer reads."""
+        return tuple(sorted({block for layer in self.blocks for block in layer}))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the device holds beside the table."""
+        readers = sum(reader.nbytes for reader in self.readers if reader is not None)
+        return self.vector.nbytes + self.factors.nbytes + readers + sum(place.nbytes for place in self.places)
+
+    def pick(self, index: int | slice) -> Center:
+        """Some layers of the group; one layer stays a group of one."""
+        some = slice(index, index + 1) if isinstance(index, int) else index
+        return Center(self.vector[some], self.blocks[some], self.rotary)
+
+    def on(self, device: torch.device | str) -> Center:
+        """The same with tensors on a device."""
+        if self.vector.device == torch.device(device):
+            return self
+        rotary = self.rotary.on(device, self.rotary.values.dtype)
+        return Center(self.vector.to(device), self.blocks, rotary)
+
+    def check(self, layers: int, heads: int, head_dim: int) -> None:
+        """Raise ``ValueError`` for tensors that do not fit a layer group."""
+        expected = (layers, heads, head_dim)
+        if tuple(self.vector.shape) != expected:
+            raise ValueError(f"centres of keys must have shape {expected}, got {tuple(self.vector.shape)}")
+        if not bool(torch.isfinite(self.vector).all()):
+            raise ValueError("centres of keys must be finite everywhere")
+
+    def subtracted(self, x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """k_m − R_m c of fp32 keys ``x [L, n, H, P, D]``, written over them; pages start at ``columns [n] · P``."""
+        for layer, reader in enumerate(self.readers):
+            if reader is not None:
+                rows = self.rotary.pages(self.places[layer], columns, x.shape[3])  # [n, P, 16 n_blocks]
+                x[layer] -= rows.unsqueeze(1) @ reader.transpose(1, 2)
+        return x
+
+    def query_rows(self, q: torch.Tensor, layer: int) -> torch.Tensor | None:
+        """``q [..., H, M, D]`` as it meets table rows, fp32 ``[..., H, M, 16·n]``; None without a centre."""
+        reader = self.readers[layer]
+        return None if reader is None else q.float() @ reader
+
+
+def on_one_table(
+    centers: Sequence[Center | None], device: torch.device | str, dtype: torch.dtype
+) -> tuple[Center | None, ...]:
+    """Centres of the groups of a pool on its device, all with one table of no more blocks than they use.
+
+    A group that uses none has no centre.
+    """
+    used = [center for center in centers if center is not None and center.used]
+    if not used:
+        return (None,) * len(centers)
+    table = used[0].rotary.keep(sorted({block for center in used for block in center.used})).on(device, dtype)
+    return tuple(
+        Center(center.vector.to(device), center.blocks, table) if center is not None and center.used else None
+        for center in centers
+    )
+
+
+def center_bytes(centers: Sequence[Center | None]) -> int:
+    """Bytes on the device of what ``on_one_table`` makes: centres, their readers, and the table at 16 bits."""
+    used = [center for center in centers if center is not None and center.used]
+    if not used:
+        return 0
+    blocks = {block for center in used for block in center.used}
+    return sum(center.nbytes for center in used) + len(blocks) * used[0].rotary.positions * ROTARY_COLUMNS * 2
+
+
+def _reader(vector: torch.Tensor, blocks: Sequence[int], rotary: RotaryTable) -> torch.Tensor:
+    """fp32 ``[H, D, 16·n]`` with q @ reader = (q₁c₁ + q₂c₂ of 8 pairs, q₂c₁ − q₁c₂ of 8 pairs) per block.
+
+    Transposed it makes R_m c of a table row. Each entry of either product has two summands.
+    """
+    heads, dim = vector.shape
+    out = torch.zeros(heads, dim, len(blocks), 2, ROTARY_PAIRS, dtype=torch.float32, device=vector.device)
+    pair = torch.arange(ROTARY_PAIRS)
+    for i, block in enumerate(blocks):
+        first, second = rotary.channels(block)
+        c1, c2 = vector[:, first], vector[:, second]
+        out[:, first, i, 0, pair] = c1
+        out[:, second, i, 0, pair] = c2
+        out[:, first, i, 1, pair] = -c2
+        out[:, second, i, 1, pair] = c1
+    return out.flatten(2)
