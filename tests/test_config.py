@@ -138,22 +138,33 @@ def test_limits_honour_the_user_and_the_floor(
         assert reserve <= HARD_RESERVE_SHARE * budget or floor
 
 
-@given(budget=st.integers(1, 1 << 30), running=st.integers(1, 64), chunk=st.integers(1, 64))
-def test_too_small_pools_name_the_smallest_that_works(budget: int, running: int, chunk: int) -> None:
+@given(
+    budget=st.integers(1, 1 << 30), running=st.integers(1, 64), chunk=st.integers(1, 64), row=st.integers(0, 2048),
+    context=st.integers(1, 1 << 16),
+)  # fmt: skip
+def test_too_small_pools_name_the_smallest_that_works(
+    budget: int, running: int, chunk: int, row: int, context: int
+) -> None:
+    """Also where a table grows with the pool, as far as the longest sequence."""
+
+    def table(tokens: int) -> int:
+        return row * (-(-min(tokens, context) // 64) * 64) + 1000 * (row > 0)
+
     shape = page_shape(16, 2, 64, None)
     groups = groups_from_finals([(8, 8), (4, 2)])
     limits = limits_for(running, chunk * 16, 16, SOFT)
     try:
-        geometry = choose_geometry(shape, groups, budget, limits)
+        geometry = choose_geometry(shape, groups, budget, limits, table)
     except PmkvqConfigError as error:
         least = int(str(error).split("smallest pool that works is ")[1].split()[0])
         assert least > budget
-        choose_geometry(shape, groups, least, limits)
+        choose_geometry(shape, groups, least, limits, table)
         with pytest.raises(PmkvqConfigError):
-            choose_geometry(shape, groups, least - 1, limits)
+            choose_geometry(shape, groups, least - 1, limits, table)
     else:
         assert geometry.total_bytes <= budget
         assert geometry.num_pages * 16 >= 2 * limits.chunk
+        assert geometry.center_bytes == table(geometry.num_pages * 16)
 
 
 def test_group_size_and_head_dim() -> None:

@@ -508,3 +508,18 @@ def test_mixed_batch_protects_the_chunk_until_its_forward() -> None:
     book.drain()
     assert book.append(np.array([0, 1]), np.array([2 * P + 2, 4 * P + 1])) is not None
     assert [book.book.cls[p] for p in chunk] == [RUN] * 4
+
+
+def test_written_pages_are_whole_and_nobody_writes_them() -> None:
+    """Not what a forward is about to write, nor a partial tail, nor what is free."""
+    book = ledger()
+    first = prefill(book, 1, 3 * P + 5)
+    assert book.written_pages().tolist() == []
+    book.drain()
+    second = prefill(book, 2, P)
+    assert book.written_pages().tolist() == sorted(first[:3].tolist())
+    book.drain()
+    book.finish(1)
+    book.free(first[2:])
+    decode_to(book, 2, P + 1)
+    assert book.written_pages().tolist() == sorted([*first[:2].tolist(), *second.tolist()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +15,15 @@ from sglang.srt.server_args import ServerArgs
 from torch import nn
 
 from sglang_pmkvq.formats import PageShape, groups_from_finals
-from sglang_pmkvq.kernels.coding import Coding
+from sglang_pmkvq.kernels.coding import Coding, Hadamard
 from sglang_pmkvq.kernels.reference.codes import center_term
 from sglang_pmkvq.kernels.rotary import Center, ModelKeys, center_bytes, chosen_blocks, default_center
 from sglang_pmkvq.serving import engine
+from sglang_pmkvq.serving.configuration import read_configuration
 from sglang_pmkvq.serving.model_keys import model_keys
+from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool
+from sglang_pmkvq.serving.pool_setup import PoolSetup
+from sglang_pmkvq.serving.sizing import choose_geometry, limits_for
 
 D, H, HQ, HIDDEN, CONTEXT = 64, 2, 4, 32, 512
 
@@ -189,6 +194,12 @@ def test_layers_come_in_their_order() -> None:
     assert torch.equal(keys.bias[0].flatten(), bias.detach()[HQ * D : (HQ + H) * D])
 
 
+def test_layers_without_numbers_of_their_own_say_nothing() -> None:
+    keys = model_keys(engine.key_facts(runner(Layer(1, rope()), Layer(1, rope()))), D)
+    assert keys.rotary is None and keys.bias == () and "not numbered" in keys.problem
+    assert not keys.large_bias((0, 1)) and not keys.has_bias((0, 1))
+
+
 def test_no_bias_where_there_is_none_or_a_norm_follows() -> None:
     assert keys_of(rope(), bias=False).bias == (None,)
     assert keys_of(rope(), norm=True).bias == (None,)
@@ -254,3 +265,93 @@ def test_bytes_of_centres_follow_the_tokens() -> None:
     means = Center.to_come(3, H, keys.rotary, 2)  # type: ignore[arg-type]
     assert center_bytes([means], 100) - means.nbytes == 4 * 128 * 16 * 2
     assert chosen_blocks(torch.zeros(1, H, D), torch.ones(1, H), keys.rotary) == ((),)  # type: ignore[arg-type]
+
+
+def arguments(**changes: Any) -> Any:
+    return SimpleNamespace(**{
+        "page_size": 16, "pmkvq_calibration": None, "pmkvq_key_transform": "auto", "pmkvq_key_center": "auto",
+        "pmkvq_final_bits": "4", "pmkvq_group_size": None, "pmkvq_policy": "age", "pmkvq_window": 0,
+        "pmkvq_sink_tokens": 0, "pmkvq_protect": "soft", "pmkvq_min_active_bits": 2, **changes,
+    })  # fmt: skip
+
+
+FACTS = engine.ModelFacts(3, H, D, torch.bfloat16, torch.bfloat16, 0, None, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("size", "center", "finals", "source", "says"),
+    [
+        (300.0, "auto", "4", "bias", None),
+        (300.0, "bias", "8", "bias", None),
+        (300.0, "none", "4", "none", "--pmkvq-key-center none leaves it in keys that end below 8 bits"),
+        (300.0, "none", "k2v8", "none", "--pmkvq-key-center none leaves it in keys that end below 8 bits"),
+        (300.0, "none", "k8v2", "none", None),
+        (300.0, "auto", "k16v4", "none", None),
+        (0.01, "none", "4", "none", None),
+        (0.01, "auto", "4", "none", None),
+    ],
+)
+def test_a_large_bias_that_stays_is_warned_of(
+    size: float, center: str, finals: str, source: str, says: str | None
+) -> None:
+    configuration = read_configuration(
+        arguments(pmkvq_key_center=center, pmkvq_final_bits=finals), FACTS, biased(size)
+    )
+    assert configuration.center_source(0) == source
+    assert bool(configuration.uncentered[0]) == (source == "none")
+    assert [says in warning for warning in configuration.warnings if says] == ([True] if says else [])
+    assert (says is None) == (configuration.warnings == ())
+    assert all("\n" not in warning and "; " in warning for warning in configuration.warnings)
+
+
+def test_a_bias_without_a_table_is_warned_of() -> None:
+    """As under mrope: it cannot be taken off."""
+    keys = replace(biased(300.0), rotary=None, problem="mrope")
+    configuration = read_configuration(arguments(), FACTS, keys)
+    assert configuration.uncentered == ("mrope",)
+    (warning,) = configuration.warnings
+    assert "cannot be taken off (mrope)" in warning and "--pmkvq-final-bits k8v4" in warning
+    assert not read_configuration(arguments(pmkvq_final_bits="8"), FACTS, keys).warnings
+
+
+def test_unset_flags_are_auto() -> None:
+    for given in (None, "auto"):
+        configuration = read_configuration(
+            arguments(pmkvq_key_transform=given, pmkvq_key_center=given, pmkvq_final_bits="k4v2"), FACTS, biased(300.0)
+        )
+        (coding,) = configuration.codings
+        assert coding.key_transform == coding.value_transform == Hadamard(D)
+        assert configuration.center_source(0) == "bias"
+
+
+@pytest.mark.parametrize("center", ["auto", "none"])
+def test_the_pool_is_what_was_sized(center: str) -> None:
+    """Bytes of the tensors are those of the geometry, within the budget; the summary says what each group got."""
+    keys = biased(300.0)
+    configuration = read_configuration(
+        arguments(pmkvq_key_center=center, pmkvq_final_bits="0:8,1:k4v2,2:16"), FACTS, keys
+    )
+    limits = limits_for(2, 64, 16, configuration.policy)
+    for budget in (400_000, 1 << 20, 1 << 23):
+        geometry = choose_geometry(
+            configuration.shape, configuration.groups, budget, limits, configuration.center_bytes
+        )
+        tokens = geometry.num_pages * 16
+        setup = PoolSetup(configuration.for_tokens(tokens), geometry, limits, budget, tokens)
+        pool = MixedPrecisionTokenPool(setup, tokens, 16, torch.bfloat16, H, D, 3, "cpu", False)
+        assert pool.storage_bytes() == geometry.total_bytes <= budget
+        kept = [s.coding.center for s in pool.storages]
+        assert [c is not None for c in kept] == [False, center == "auto", False]
+        if kept[1] is not None:
+            assert kept[1].rotary.positions == min(CONTEXT, -(-tokens // 64) * 64)
+            assert geometry.center_bytes > 0
+        told: Any = setup.summary()["groups"]
+        assert [g["key_center"] for g in told] == ["none", "bias" if center == "auto" else "none", "none"]
+        assert [(g["key_transform"], g["value_transform"]) for g in told] == [
+            ("none", "none"), ("hadamard", "hadamard"), ("none", "none")
+        ]  # fmt: skip
+        assert told[1]["center_pairs"] == ([8, 8] if center == "auto" else [0, 0])
+        assert told[2]["no_key_center"] == "keys stay at 16 bits"
+        assert "layers 1 K4/V2 (key transform hadamard, value transform hadamard, key center " in setup.log_line()
+        if center == "auto":
+            assert "key center bias in 8 to 8 of 32 pairs" in setup.log_line()

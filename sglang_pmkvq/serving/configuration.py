@@ -93,8 +93,8 @@ def read_configuration(args: Any, facts: ModelFacts, keys: ModelKeys | None = No
         codings = tuple(Coding.default(transform, group, shape, center, keys) for group in groups)
         found = [default_center(keys, group.layers, facts.kv_heads, center) for group in groups]
         uncentered = tuple(
-            "" if coding.center is not None else why if isinstance(why, str) else "keys stay at 16 bits"
-            for coding, why in zip(codings, found, strict=True)
+            "keys stay at 16 bits" if group.k_final == 16 else why if isinstance(why, str) else ""
+            for group, why in zip(groups, found, strict=True)
         )
         warnings = _bias_warnings(groups, codings, keys, center)
     else:

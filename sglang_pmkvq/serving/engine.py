@@ -175,6 +175,8 @@ def key_facts(runner: Any) -> KeyFacts:
             parent = name.rpartition(".")[0]
             found.append((attn, modules[parent], modules[parent.rpartition(".")[0]]))
     found.sort(key=lambda one: one[0].layer_id)
+    if [attn.layer_id for attn, *_ in found] != list(range(len(found))):
+        return KeyFacts((), (), None, None, True, "its attention layers are not numbered one by one")
     problem, module = _one_rotary([attention for _, attention, _ in found], runner.model_config.context_len)
     cos, sin = (None, None) if module is None else _cos_sin(module, runner.model_config.context_len)
     return KeyFacts(
@@ -196,6 +198,7 @@ def _key_rows(attn: Any) -> slice:
 def _projected(attn: Any, attention: Any, name: str) -> Any:
     """The keys' part of a parameter of the projection, fp32 ``[H, D, ...]``; None if there is none that can be read."""
     projection = getattr(attention, "qkv_proj", None)
+    projection = getattr(projection, "base_layer", projection)  # below LoRA adapters
     tensor = getattr(projection, name, None)
     rows, values = _key_rows(attn), attn.tp_v_head_num * attn.v_head_dim
     # Quantized weights have other shapes or dtypes; on some CPUs SGLang packs them.
