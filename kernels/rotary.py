@@ -27,7 +27,7 @@ from sglang_pmkvq.formats import PAGE_SIZES, ROTARY_COLUMNS, ROTARY_PAIRS
 CENTER_BITS = 12
 # Energy of the centre that may be left in keys, as a share of the energy of what varies: it widens ranges by half of
 # that share.
-CENTER_TOLERANCE = 0.05
+CENTER_TOLERANCE = 0.25
 
 
 @dataclass(frozen=True)
