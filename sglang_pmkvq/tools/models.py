@@ -198,6 +198,9 @@ def get(name: str, out: Path | None = None) -> Path:
     model = find(name)
     folder = (cache_folder(name) if out is None else out).absolute()
     if is_finished(model, folder):
+        if _part(folder).exists():  # a run ended between its last two steps; what it left takes much room
+            with _workshop(folder) as work:
+                shutil.rmtree(work)
         return folder
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not a folder that holds {name}; give another one with --out")
@@ -205,16 +208,21 @@ def get(name: str, out: Path | None = None) -> Path:
         raise ValueError(f"{name} needs {' and '.join(missing)}: pip install 'sglang-pmkvq[models]'")
     with _workshop(folder) as work:
         if is_finished(model, folder):  # another run has made it while this one waited
+            shutil.rmtree(work)
             return folder
         print(origin(model), end="", flush=True)
         _make(model, folder, work)
     return folder
 
 
+def _part(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.part")
+
+
 @contextmanager
 def _workshop(folder: Path) -> Iterator[Path]:
     """``FOLDER.part``, for one process at a time: two that append to one file would both end with a wrong sum."""
-    work = folder.with_name(f"{folder.name}.part")
+    work = _part(folder)
     while True:
         work.mkdir(parents=True, exist_ok=True)
         try:
