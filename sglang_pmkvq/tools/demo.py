@@ -35,6 +35,8 @@ EXAMPLES = 3
 MAX_ANSWER_TOKENS = 1500
 # Answers of chat models are shorter, so their pool is smaller.
 CHAT_POOL_TOKENS_AT_16_BITS = 384
+# What such a small pool can hold in reserve for new tokens at 16 bits.
+CHAT_FLAGS = ("--chunked-prefill-size", "128", "--max-running-requests", "4")
 
 START_TIMEOUT_S = 900.0
 # SGLang answers running requests before it ends on SIGTERM.
@@ -163,7 +165,7 @@ def serve_demo(
     flags: list[str] = []
     if model in models.MODELS and not Path(model).is_dir():
         folder, requests, tokens = models.get(model), list(CHAT_EXAMPLES), CHAT_POOL_TOKENS_AT_16_BITS
-        flags += models.MODELS[model].serve
+        flags += [*CHAT_FLAGS, *models.MODELS[model].serve]
     else:
         folder = Path(model) if model is not None else BUNDLED_MODEL
         requests, tokens = examples(folder), POOL_TOKENS_AT_16_BITS

