@@ -19,7 +19,7 @@ import torch
 
 from sglang_pmkvq.artifact import Calibration
 from sglang_pmkvq.formats import KEY_TRANSFORMS, K, LayerGroup, PageShape
-from sglang_pmkvq.kernels.rotary import Center, RotaryTable
+from sglang_pmkvq.kernels.rotary import Center, RotaryTable, chosen_blocks
 
 Index = int | slice
 # The model's own, and what the CPU computes in.
@@ -284,12 +284,31 @@ class Coding:
 
         Args:
             rotary: all pairs of the model's rotary table; needed where the calibration has centres.
+
+        Raises:
+            ValueError: keys of these layers have centres, and there is no ``rotary``.
         """
-        scale = calibration.key_scale(tuple(layers), heads)
-        clip = calibration.key_clip(tuple(layers), heads)
-        given = None if scale is None else torch.from_numpy(scale)
-        transform = key_transform(calibration.transform, calibration.head_dim, given)
-        return cls(transform, None if clip is None else torch.from_numpy(clip))
+        own = tuple(layers)
+        scale, clip, vector, spread = (
+            None if tensor is None else torch.from_numpy(tensor)
+            for tensor in (
+                calibration.key_scale(own, heads),
+                calibration.key_clip(own, heads),
+                calibration.key_center(own, heads),
+                calibration.key_spread(own, heads),
+            )
+        )
+        center = None
+        if vector is not None and spread is not None and bool(vector.any()):
+            if rotary is None:
+                raise ValueError("the calibration centres keys, and the model has no rotary table to do it with")
+            center = Center.of(vector, chosen_blocks(vector, spread, rotary), rotary)
+        return cls(
+            layer_transforms([calibration.transforms[layer] for layer in own], calibration.head_dim, scale),
+            clip,
+            layer_transforms([calibration.value_transforms[layer] for layer in own], calibration.head_dim),
+            center,
+        )
 
     @classmethod
     def default(cls, transform: str, layers: int, shape: PageShape) -> Coding:
@@ -393,6 +412,16 @@ def key_transform(name: str, head_dim: int, scale: torch.Tensor | None = None) -
     if (scale is not None) != (name == Scaled.name):
         raise ValueError(f"key transform {name!r} {'without' if scale is None else 'with'} key scales")
     return _TRANSFORMS[name](head_dim, scale)
+
+
+def layer_transforms(names: Sequence[str], head_dim: int, scale: torch.Tensor | None = None) -> Transform:
+    """Transforms of the layers of a group by name; ``scale [L, H, D]`` is read where they are scaled.
+
+    Raises:
+        ValueError: as ``key_transform``.
+    """
+    own = [None if scale is None or name != Scaled.name else scale[i : i + 1] for i, name in enumerate(names)]
+    return per_layer([key_transform(name, head_dim, s) for name, s in zip(names, own, strict=True)])
 
 
 _TRANSFORMS: dict[str, Callable[[int, Any], Transform]] = {

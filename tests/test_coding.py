@@ -24,14 +24,16 @@ from sglang_pmkvq.kernels.coding import (
     NORMAL_CLIPS,
     Coding,
     Hadamard,
-    Transform,
+    PerLayer,
     Scaled,
+    Transform,
     clip_edges,
     key_transform,
     query_rotation,
 )
 from sglang_pmkvq.kernels.reference import codes as reference
-from tests.test_artifact import example
+from sglang_pmkvq.kernels.rotary import RotaryTable, rounded
+from tests.test_artifact import example, layered
 
 L, H, P = 3, 2, 16
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -259,6 +261,30 @@ def test_a_coding_cannot_be_changed() -> None:
 
 
 # -- where codings come from ---------------------------------------------------------------------------------
+
+
+def test_a_calibration_of_layers_that_differ() -> None:
+    """Each layer its transforms and its centre, whatever the group's order and the rank's heads."""
+    calibration, turn = layered(), torch.arange(96)[:, None] * torch.rand(32)
+    rotary = RotaryTable.of(turn.cos(), turn.sin(), 64)
+    vector = torch.from_numpy(calibration.tensors["key_center"])
+    scale = torch.from_numpy(calibration.tensors["key_scale"])
+    with pytest.raises(ValueError, match="the calibration centres keys, and the model has no rotary table"):
+        Coding.from_calibration(calibration, (1, 0), slice(0, 2))
+    assert Coding.from_calibration(calibration, (1,), slice(0, 2)).center is None  # this group needs none
+    for layers in ((0, 1), (1, 0)):
+        for heads in (slice(0, 2), slice(1, 2)):
+            coding = Coding.from_calibration(calibration, layers, heads, rotary)
+            first = layers.index(0)
+            assert isinstance(coding.key_transform, PerLayer) and isinstance(coding.value_transform, PerLayer)
+            assert coding.key_transform.rotated(2)[1 - first] and not coding.key_transform.rotated(2)[first]
+            assert coding.value_transform.rotated(2) == coding.key_transform.rotated(2)
+            own = coding.key_transform.pick(first)
+            assert isinstance(own, Scaled) and torch.equal(own.scale, scale[0, heads])
+            assert coding.center is not None and coding.center.blocks[1 - first] == ()
+            assert torch.equal(coding.center.vector[first], rounded(vector[0, heads]))  # spread is small: all blocks
+            shape = PageShape(16, heads.stop - heads.start, 64, 64)
+            coding.for_group(LayerGroup(layers, 4, 2), shape, "cpu")  # fits
 
 
 @pytest.mark.parametrize("clipped", [False, True])

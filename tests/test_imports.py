@@ -23,7 +23,7 @@ RANK = {
     "patches": 0,
     "ledger": 1,
     "kernels": 1,
-    "calib": 2,  # and of the kernels only the reference and the coding: see CALIB_MAY
+    "calib": 2,  # and of the kernels only the reference, the coding and rotary tables: see CALIB_MAY
     "serving": 2,
     "tools": 3,
 }
@@ -38,7 +38,7 @@ NO_TORCH_FILES = {
     "sglang_pmkvq.tools.report",
     "sglang_pmkvq.tools.cli",
 }
-CALIB_MAY = ("sglang_pmkvq.kernels.reference.", "sglang_pmkvq.kernels.coding")
+CALIB_MAY = ("sglang_pmkvq.kernels.reference.", "sglang_pmkvq.kernels.coding", "sglang_pmkvq.kernels.rotary")
 DOOR = "sglang_pmkvq.serving.engine"
 
 

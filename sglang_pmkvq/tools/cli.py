@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "calibrate",
-        help="choose final widths, key scales or rotation, and clip factors of a model",
+        help="choose final widths, and what is done to keys and values, layer by layer",
         description="Writes the file that --pmkvq-calibration serves from. An interrupted run goes on.",
     )
     parser.add_argument("--model", required=True, help="Llama, Qwen2, Qwen3 or Mistral, as transformers loads it")
@@ -126,9 +126,15 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--max-groups", type=int, default=4, help="bound on layer groups, default %(default)s")
     parser.add_argument(
         "--transform",
-        default="hadamard",
-        help="of keys before they are quantized: hadamard (rotated), scale (of each channel, as in the paper) or none; "
-        "default %(default)s",
+        default="auto",
+        help="of keys before they are quantized: hadamard (rotated), scale (of each channel, as in the paper), none, "
+        "or auto (in each layer what measures best); default %(default)s",
+    )
+    parser.add_argument(
+        "--center",
+        default="auto",
+        help="taken off keys before that and read back exactly: bias (the model's own), mean (over the samples), none, "
+        "or auto (in each layer what measures best); default %(default)s",
     )
     parser.add_argument(
         "--clip",
@@ -174,6 +180,7 @@ def _calibrate(args: argparse.Namespace, extra: list[str]) -> int:
         group_size=args.group_size,
         max_groups=args.max_groups,
         transform=args.transform,
+        center=args.center,
         clip=args.clip,
         sensitivity=args.sensitivity,
         kl_samples=args.kl_samples,
