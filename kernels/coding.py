@@ -19,7 +19,7 @@ import torch
 
 from sglang_pmkvq.artifact import Calibration
 from sglang_pmkvq.formats import KEY_TRANSFORMS, K, LayerGroup, PageShape
-from sglang_pmkvq.kernels.rotary import Center, RotaryTable, chosen_blocks
+from sglang_pmkvq.kernels.rotary import Center, ModelKeys, RotaryTable, chosen_blocks, default_center
 
 Index = int | slice
 # The model's own, and what the CPU computes in.
@@ -311,12 +311,27 @@ class Coding:
         )
 
     @classmethod
-    def default(cls, transform: str, layers: int, shape: PageShape) -> Coding:
-        """A transform that needs no data; 2-bit codes of rotated keys span what suits a normal distribution."""
+    def default(
+        cls, transform: str, group: LayerGroup, shape: PageShape, center: str = "none", keys: ModelKeys | None = None
+    ) -> Coding:
+        """What needs no data, for a layer group; 2-bit codes of rotated keys span what suits a normal distribution.
+
+        Args:
+            transform: of keys, ``none`` or ``hadamard``, and then values stay plain; ``auto`` rotates keys that end
+                below 8 bits and values that end at 2.
+            center: as ``default_center`` takes it.
+            keys: what the model says of its keys; None is nothing, and then there is no centre.
+        """
+        auto = transform == "auto"
+        if auto:
+            transform = Hadamard.name if group.k_final < 8 else Transform.name
         clip = None
         if transform == Hadamard.name:
-            clip = torch.full((layers, shape.num_kv_heads), NORMAL_CLIPS[shape.group_size])
-        return cls(key_transform(transform, shape.head_dim), clip)
+            clip = torch.full((len(group.layers), shape.num_kv_heads), NORMAL_CLIPS[shape.group_size])
+        values = Hadamard(shape.head_dim) if auto and group.v_final == 2 else Transform()
+        found = default_center(keys or ModelKeys(), group.layers, shape.num_kv_heads, center)
+        taken = found if isinstance(found, Center) and group.k_final < 16 else None
+        return cls(key_transform(transform, shape.head_dim), clip, values, taken)
 
     def for_group(self, group: LayerGroup, shape: PageShape, device: torch.device | str) -> Coding:
         """The same on a device, less what the group's final widths never use.

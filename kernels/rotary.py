@@ -28,6 +28,8 @@ CENTER_BITS = 12
 # Energy of the centre that may be left in keys, as a share of the energy of what varies: it widens ranges by half of
 # that share.
 CENTER_TOLERANCE = 0.25
+# Blocks of pairs that each layer reads where centres are measured while serving: how many must be said at start.
+MEASURED_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,14 @@ class RotaryTable:
         """The same with some of its blocks."""
         places = [self.blocks.index(block) for block in blocks]
         return replace(self, values=self.values[places].contiguous(), blocks=tuple(blocks))
+
+    def rows_for(self, tokens: int) -> int:
+        """Positions of a table that serves sequences of at most ``tokens``."""
+        return min(self.positions, -(-tokens // PAGE_SIZES[-1]) * PAGE_SIZES[-1])
+
+    def upto(self, tokens: int) -> RotaryTable:
+        """The same for sequences of at most ``tokens``."""
+        return replace(self, values=self.values[:, : self.rows_for(tokens)].contiguous())
 
     def on(self, device: torch.device | str, dtype: torch.dtype) -> RotaryTable:
         """The same on a device, in the dtype of 16-bit pages; channels stay on the host."""
@@ -182,6 +192,7 @@ class Center:
         vector: fp32 ``[L, H, D]``, c before the rotary embedding; ``rounded``, and 0 outside a layer's blocks.
         blocks: per layer, the blocks of pairs that are subtracted and read, ascending; () is no centre.
         rotary: table that has these blocks.
+        whole: the centres are measured while serving, so the device's table keeps all blocks to choose from.
         readers: per layer, fp32 ``[H, D, 16·n]``: q @ reader is what the table's rows of n blocks are multiplied
             by; None where there is no centre.
         places: per layer, int64 ``[n]``, where its blocks are in the table.
@@ -191,6 +202,7 @@ class Center:
     vector: torch.Tensor
     blocks: tuple[tuple[int, ...], ...]
     rotary: RotaryTable
+    whole: bool = False
     readers: tuple[torch.Tensor | None, ...] = field(init=False, repr=False, compare=False)
     places: tuple[torch.Tensor, ...] = field(init=False, repr=False, compare=False)
     factors: torch.Tensor = field(init=False, repr=False, compare=False)
@@ -214,7 +226,7 @@ class Center:
     def to_come(cls, layers: int, heads: int, rotary: RotaryTable, most: int) -> Center:
         r"""Centres of 0, to be ``fill``\ ed before the first key is coded; each layer reads ``most`` blocks."""
         blocks = rotary.blocks[:most]
-        return cls(torch.zeros(layers, heads, 2 * rotary.first.numel()), (blocks,) * layers, rotary)
+        return cls(torch.zeros(layers, heads, 2 * rotary.first.numel()), (blocks,) * layers, rotary, whole=True)
 
     def fill(self, vector: torch.Tensor, blocks: Sequence[Sequence[int]]) -> None:
         """Take centres ``vector [L, H, D]`` as far as they lie in ``blocks``, once, while no key is coded.
@@ -268,14 +280,18 @@ class Center:
     def pick(self, index: int | slice) -> Center:
         """Some layers of the group; one layer stays a group of one."""
         some = slice(index, index + 1) if isinstance(index, int) else index
-        return Center(self.vector[some], self.blocks[some], self.rotary)
+        return Center(self.vector[some], self.blocks[some], self.rotary, self.whole)
+
+    def upto(self, tokens: int) -> Center:
+        """The same for sequences of at most ``tokens``."""
+        return replace(self, rotary=self.rotary.upto(tokens))
 
     def on(self, device: torch.device | str) -> Center:
         """The same with tensors on a device."""
         if self.vector.device == torch.device(device):
             return self
         rotary = self.rotary.on(device, self.rotary.values.dtype)
-        return Center(self.vector.to(device), self.blocks, rotary)
+        return Center(self.vector.to(device), self.blocks, rotary, self.whole)
 
     def check(self, layers: int, heads: int, head_dim: int) -> None:
         """Raise ``ValueError`` for tensors that do not fit a layer group."""
@@ -309,20 +325,90 @@ def on_one_table(
     used = [center for center in centers if center is not None and center.used]
     if not used:
         return (None,) * len(centers)
-    table = used[0].rotary.keep(sorted({block for center in used for block in center.used})).on(device, dtype)
+    table = used[0].rotary.keep(_held_blocks(used)).on(device, dtype)
+    # A copy: what is filled later is the device's alone.
     return tuple(
-        Center(center.vector.to(device), center.blocks, table) if center is not None and center.used else None
+        Center(center.vector.to(device, copy=True), center.blocks, table, center.whole)
+        if center is not None and center.used
+        else None
         for center in centers
     )
 
 
-def center_bytes(centers: Sequence[Center | None]) -> int:
-    """Bytes on the device of what ``on_one_table`` makes: centres, their readers, and the table at 16 bits."""
+def center_bytes(centers: Sequence[Center | None], tokens: int | None = None) -> int:
+    """Bytes on the device of what ``on_one_table`` makes: centres, their readers, and the table at 16 bits.
+
+    Args:
+        tokens: of the longest sequence that the table must serve; None is all that it has.
+    """
     used = [center for center in centers if center is not None and center.used]
     if not used:
         return 0
-    blocks = {block for center in used for block in center.used}
-    return sum(center.nbytes for center in used) + len(blocks) * used[0].rotary.positions * ROTARY_COLUMNS * 2
+    table = used[0].rotary
+    rows = table.positions if tokens is None else table.rows_for(tokens)
+    return sum(center.nbytes for center in used) + len(_held_blocks(used)) * rows * ROTARY_COLUMNS * 2
+
+
+def _held_blocks(used: Sequence[Center]) -> list[int]:
+    """Blocks of the table that centres share."""
+    if any(center.whole for center in used):
+        return list(used[0].rotary.blocks)
+    return sorted({block for center in used for block in center.used})
+
+
+@dataclass(frozen=True)
+class ModelKeys:
+    """What a model says of the keys of its layers, on this rank.
+
+    Attributes:
+        rotary: all pairs of its rotary table, or None.
+        bias: per layer, fp32 ``[H, D]`` before the rotary embedding, or None where keys have none.
+        spread: per layer, fp32 ``[H]`` energy of what varies as ``chosen_blocks`` takes it, or None where unknown.
+        problem: why there is no table.
+    """
+
+    rotary: RotaryTable | None = None
+    bias: tuple[torch.Tensor | None, ...] = ()
+    spread: tuple[torch.Tensor | None, ...] = ()
+    problem: str = "nothing is known of the model's keys"
+
+    def has_bias(self, layers: Sequence[int]) -> bool:
+        """Whether the keys of some of these layers have a bias."""
+        return any(self.bias[layer] is not None for layer in layers if layer < len(self.bias))
+
+    def large_bias(self, layers: Sequence[int]) -> bool:
+        """Whether a bias is large enough, against what varies, to stretch ranges."""
+        for layer in layers:
+            bias = self.bias[layer] if layer < len(self.bias) else None
+            if bias is not None:
+                spread = self.spread[layer]
+                energy = bias.double().square().sum(-1)
+                if bool((energy > CENTER_TOLERANCE * (0.0 if spread is None else spread)).any()):
+                    return True
+        return False
+
+
+def default_center(keys: ModelKeys, layers: Sequence[int], heads: int, choice: str) -> Center | str:
+    """The centre of a layer group without a calibration, or why it has none.
+
+    Args:
+        heads: KV heads of this rank.
+        choice: ``bias``, what the weights say; ``auto``, that where they say it, else means that the pool measures
+            before its first shrink; ``none``.
+    """
+    if choice == "none":
+        return "switched off"
+    if keys.rotary is None:
+        return keys.problem
+    if not keys.has_bias(layers):
+        if choice == "bias":
+            return "no bias in the weights"
+        return Center.to_come(len(layers), heads, keys.rotary, MEASURED_BLOCKS)
+    zero, none = torch.zeros(heads, 2 * keys.rotary.first.numel()), torch.zeros(heads)
+    bias, spread = ([of[layer] for layer in layers] for of in (keys.bias, keys.spread))
+    vector = torch.stack([zero if b is None else b for b in bias])
+    blocks = chosen_blocks(vector, torch.stack([none if s is None else s for s in spread]), keys.rotary)
+    return Center.of(vector, blocks, keys.rotary) if any(blocks) else "the bias is small against what varies"
 
 
 def _reader(vector: torch.Tensor, blocks: Sequence[int], rotary: RotaryTable) -> torch.Tensor:

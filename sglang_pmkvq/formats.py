@@ -14,6 +14,7 @@ tiers. The smallest piece of an arena is a *unit*: the codes of one page at 2 bi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -31,6 +32,9 @@ KEY_TRANSFORMS: tuple[str, ...] = ("none", "scale", "hadamard")
 DATA_FREE_TRANSFORMS: tuple[str, ...] = ("none", "hadamard")
 # Where the centre of quantized keys comes from (``kernels/rotary.py``).
 KEY_CENTERS: tuple[str, ...] = ("none", "bias", "mean")
+# What a user may ask for without a calibration; auto is what the final widths and the model suggest.
+KEY_TRANSFORM_CHOICES: tuple[str, ...] = ("auto", *DATA_FREE_TRANSFORMS)
+KEY_CENTER_CHOICES: tuple[str, ...] = ("auto", "bias", "none")
 # Rotary pairs that are centred together, and columns of their table: a cosine and a sine of each. At 16 bits one
 # position of a block is 32 bytes, the smallest piece that a GPU reads.
 ROTARY_PAIRS = 8
@@ -308,12 +312,23 @@ def geometry_for_pages(
 
 
 def geometry_for_budget(
-    shape: PageShape, groups: tuple[LayerGroup, ...], budget_bytes: int, hard_pages: int, center_bytes: int = 0
+    shape: PageShape,
+    groups: tuple[LayerGroup, ...],
+    budget_bytes: int,
+    hard_pages: int,
+    center_bytes: Callable[[int], int] = lambda tokens: 0,
 ) -> PoolGeometry | None:
-    """The largest geometry whose ``total_bytes`` fit ``budget_bytes``; None if not even one page does."""
+    """The largest geometry whose ``total_bytes`` fit ``budget_bytes``; None if not even one page does.
+
+    Args:
+        center_bytes: rotary table and centres of a pool of so many tokens, which never falls.
+    """
+
+    def of(n: int) -> PoolGeometry:
+        return geometry_for_pages(shape, groups, n, hard_pages, center_bytes(n * shape.page_size))
 
     def fits(n: int) -> bool:
-        return geometry_for_pages(shape, groups, n, hard_pages, center_bytes).total_bytes <= budget_bytes
+        return of(n).total_bytes <= budget_bytes
 
     if not fits(1):
         return None
@@ -324,7 +339,7 @@ def geometry_for_budget(
     while high - low > 1:
         mid = (low + high) // 2
         low, high = (mid, high) if fits(mid) else (low, mid)
-    return geometry_for_pages(shape, groups, low, hard_pages, center_bytes)
+    return of(low)
 
 
 def hard_reserve_bytes(shape: PageShape, groups: tuple[LayerGroup, ...], hard_pages: int) -> int:

@@ -44,6 +44,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "--pmkvq-group-size": (("0", "-1", "abc", "48", "256", HUGE, ""), "32|int"),
     "--pmkvq-min-active-bits": (("0", "-1", "abc", "3", "32", HUGE, ""), "16|int"),
     "--pmkvq-key-transform": (("0", "abc", "", "scale", "Hadamard"), "hadamard"),
+    "--pmkvq-key-center": (("0", "abc", "", "mean", "Bias"), "bias"),
     "--pmkvq-calibration": (("", "/nonexistent/x", "/dev/null", "."), "calibrat"),
     "--pmkvq-timeline": (("", "/nonexistent/x", ".", "/proc/version/x"), "expected a file"),
     "--kv-quant": (("0", "abc", "", "PMKVQ"), "none"),
@@ -119,7 +120,7 @@ def test_any_numbers_in_our_flags(
     args = SimpleNamespace(
         pmkvq_pool_bytes=None, pmkvq_window=window, pmkvq_sink_tokens=sinks, pmkvq_policy=policy, pmkvq_timeline=None,
         pmkvq_protect=protect, pmkvq_min_active_bits=floor, pmkvq_group_size=group, pmkvq_final_bits=None,
-        pmkvq_key_transform=None,
+        pmkvq_key_transform=None, pmkvq_key_center=None,
     )  # fmt: skip
     try:
         check_flags(args)

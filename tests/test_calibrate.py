@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,14 +36,7 @@ from sglang_pmkvq.kernels.reference.codes import fake_quantize
 from sglang_pmkvq.ledger import PolicyConfig
 from sglang_pmkvq.serving.calibration import load_for
 from sglang_pmkvq.serving.config import PmkvqConfigError
-from sglang_pmkvq.serving.configuration import (
-    PLAIN_TWO_BIT_KEYS,
-    Configuration,
-    layer_finals,
-    rank_heads,
-    read_configuration,
-)
-from sglang_pmkvq.serving.engine import ModelFacts
+from sglang_pmkvq.serving.configuration import Configuration, layer_finals, rank_heads
 from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool
 from sglang_pmkvq.serving.pool_setup import PoolSetup
 from sglang_pmkvq.serving.sizing import Limits
@@ -520,6 +512,10 @@ def test_refused_beside_other_flags(calibration: tuple[Path, Path]) -> None:
         arguments(*calibration, pmkvq_group_size=32)
     with pytest.raises(PmkvqConfigError, match="transform scale, --pmkvq-key-transform hadamard asks for another"):
         arguments(*calibration, pmkvq_key_transform="hadamard")
+    arguments(*calibration, pmkvq_key_transform="auto", pmkvq_key_center="auto")  # nothing is asked for
+    for center in ("none", "bias"):
+        with pytest.raises(PmkvqConfigError, match=f"--pmkvq-key-center {center} asks for something else; leave"):
+            arguments(*calibration, pmkvq_key_center=center)
 
 
 @pytest.mark.parametrize("channels", GROUP_SIZES)
@@ -532,40 +528,11 @@ def test_clip_factors_of_normal_variates(channels: int) -> None:
     assert abs(shares[int(np.argmin(errors))] - NORMAL_CLIPS[channels]) < 0.015
 
 
-@pytest.mark.parametrize(
-    ("file", "transform", "finals", "advised"),
-    [
-        (False, None, [(4, 4), (2, 4)], True),
-        (False, None, [(4, 2), (4, 4)], False),
-        (False, "none", [(2, 2)], False),
-        (False, "hadamard", [(2, 2)], False),
-        (True, None, None, False),
-    ],
-)
-def test_plain_two_bit_keys_are_advised_against(
-    calibration: tuple[Path, Path],
-    file: bool,
-    transform: str | None,
-    finals: list[tuple[int, int]] | None,
-    advised: bool,
-) -> None:
-    args = SimpleNamespace(
-        page_size=16, pmkvq_calibration=str(calibration[1]) if file else None, pmkvq_key_transform=transform,
-        pmkvq_final_bits=None if finals is None else text_of(tuple(finals)), pmkvq_group_size=None,
-        pmkvq_policy="age", pmkvq_window=0, pmkvq_sink_tokens=0, pmkvq_protect="soft", pmkvq_min_active_bits=2,
-    )  # fmt: skip
-    layers = 3 if finals is None else len(finals)
-    facts = ModelFacts(layers, 4, 64, torch.bfloat16, torch.bfloat16, 0, None, (0, 1))
-    configuration = read_configuration(args, facts)
-    assert any(group.k_final == 2 for group in configuration.groups) or finals == [(4, 2), (4, 4)]
-    assert configuration.warnings == ((PLAIN_TWO_BIT_KEYS,) if advised else ())
-
-
 def test_rotation_without_a_calibration() -> None:
     """2-bit keys are clipped, wider ones are not; the summary says what is done."""
     groups = groups_from_finals([(2, 2), (4, 2), (16, 16), (2, 2)])
     shape = PageShape(16, 4, 64, 32)
-    codings = tuple(Coding.default("hadamard", len(g.layers), shape) for g in groups)
+    codings = tuple(Coding.default("hadamard", g, shape) for g in groups)
     geometry = geometry_for_pages(shape, groups, 8, 2)
     configuration = Configuration(shape, groups, codings, PolicyConfig())
     setup = PoolSetup(configuration, geometry, Limits(1, 16, 2), geometry.total_bytes, 64)
@@ -577,10 +544,12 @@ def test_rotation_without_a_calibration() -> None:
     assert clips[0] is not None and clips[0].shape == (2, 4)
     used = [s.coding.key_transform for s in pool.storages]
     assert used == [Transform() if g.k_final == 16 else Hadamard(64) for g in groups]
-    assert setup.summary()["key_transform"] == "hadamard" and "key transform hadamard" in setup.log_line()
+    told = [g["key_transform"] for g in setup.summary()["groups"]]  # type: ignore[attr-defined]
+    assert told == ["none" if g.k_final == 16 else "hadamard" for g in groups]
+    assert setup.summary()["key_transform"] == "mixed" and "key transform hadamard" in setup.log_line()
     configuration = dataclasses.replace(configuration, codings=(Coding(),) * len(groups))
     plain = dataclasses.replace(setup, configuration=configuration)
-    assert plain.summary()["key_transform"] == "none" and "key transform" not in plain.log_line()
+    assert plain.summary()["key_transform"] == "none" and "key transform hadamard" not in plain.log_line()
 
 
 def test_refused_before_memory_is_taken(calibration: tuple[Path, Path], tmp_path: Path) -> None:

@@ -312,11 +312,16 @@ def test_from_a_calibration(name: str, clipped: bool) -> None:
         assert coding.key_transform == Hadamard(64)
 
 
+GROUP = LayerGroup(tuple(range(L)), 2, 2)
+
+
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("name", DATA_FREE_TRANSFORMS)
 def test_without_a_calibration(name: str, group_size: int) -> None:
-    coding = Coding.default(name, L, PageShape(16, H, 128, group_size))
+    """A name is what is done to keys, and values stay plain."""
+    coding = Coding.default(name, GROUP, PageShape(16, H, 128, group_size))
     assert coding.key_transform == (Hadamard(128) if name == "hadamard" else Transform())
+    assert coding.value_transform == Transform() and coding.center is None
     if name == "hadamard":
         assert coding.key_clip is not None
         assert torch.equal(coding.key_clip, torch.full((L, H), NORMAL_CLIPS[group_size]))
@@ -324,9 +329,19 @@ def test_without_a_calibration(name: str, group_size: int) -> None:
         assert coding.key_clip is None
 
 
+@pytest.mark.parametrize(("finals", "rotated"), [
+    ((16, 16), (False, False)), ((8, 8), (False, False)), ((8, 2), (False, True)), ((4, 4), (True, False)),
+    ((4, 2), (True, True)), ((2, 8), (True, False)), ((2, 2), (True, True)),
+])  # fmt: skip
+def test_what_is_chosen_by_final_widths(finals: tuple[int, int], rotated: tuple[bool, bool]) -> None:
+    coding = Coding.default("auto", LayerGroup((0, 1, 2), *finals), PageShape(16, H, 64, 64))
+    assert (coding.key_transform == Hadamard(64), coding.value_transform == Hadamard(64)) == rotated
+    assert (coding.key_clip is not None) == rotated[0]
+
+
 def test_scales_need_a_calibration() -> None:
     with pytest.raises(ValueError, match="key transform 'scale' without key scales"):
-        Coding.default("scale", L, PageShape(16, H, 64, 64))
+        Coding.default("scale", GROUP, PageShape(16, H, 64, 64))
     assert set(DATA_FREE_TRANSFORMS) == set(KEY_TRANSFORMS) - {"scale"}
 
 

@@ -143,6 +143,7 @@ LONELY = {
     "pmkvq_group_size": 32,
     "pmkvq_min_active_bits": 2,
     "pmkvq_key_transform": "hadamard",
+    "pmkvq_key_center": "none",
     "pmkvq_timeline": "timeline.jsonl",
     "pmkvq_allow_untested_sglang": True,
 }
@@ -175,6 +176,7 @@ def test_our_flag_without_kv_quant(name: str) -> None:
         ("pmkvq_group_size", 48),
         ("pmkvq_min_active_bits", 3),
         ("pmkvq_key_transform", "scale"),
+        ("pmkvq_key_center", "mean"),
     ],
 )
 def test_bad_value(name: str, value: object) -> None:

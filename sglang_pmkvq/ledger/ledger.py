@@ -19,7 +19,7 @@ from sglang_pmkvq.ledger.arena import Arena
 from sglang_pmkvq.ledger.errors import LedgerError
 from sglang_pmkvq.ledger.group import Group
 from sglang_pmkvq.ledger.integrity import check_integrity
-from sglang_pmkvq.ledger.pages import FREE, PAGE_MASK, PageBook
+from sglang_pmkvq.ledger.pages import FREE, HARD, PAGE_MASK, PageBook
 from sglang_pmkvq.ledger.policy import PolicyConfig, Shrinker
 from sglang_pmkvq.ledger.requests import RequestTable
 from sglang_pmkvq.ledger.stats import BitMeter, LedgerStats, collect
@@ -353,6 +353,14 @@ class Ledger:
     def free_page_ids(self) -> np.ndarray:
         """int64, ids of the free logical pages, in no particular order."""
         return np.array(self.book.free, np.int64)
+
+    def written_pages(self) -> np.ndarray:
+        """int64, ascending ids of pages that were written whole and that no coming forward writes.
+
+        Hard-protected pages are left out, those of a window that never shrinks among them.
+        """
+        cls = self.book.cls_np
+        return np.flatnonzero((cls != FREE) & (cls != HARD)).astype(np.int64)
 
     @property
     def running_requests(self) -> int:

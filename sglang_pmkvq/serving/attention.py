@@ -158,6 +158,8 @@ class PmkvqAttnBackend(AttentionBackend):
             pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
         group, index = pool.place(layer.layer_id)
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        if pool.probe is not None:
+            pool.show_queries(group, index, q3)
         out = wrappers[group].run(q3, index, layer.scaling, logit_cap=layer.logit_cap)
         assert isinstance(out, torch.Tensor)
         return out.reshape(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)

@@ -28,7 +28,12 @@ def load_for(args: Any) -> artifact.Calibration | None:
             f"{flag} was made for groups of {calibration.group_size} channels, --pmkvq-group-size "
             f"{args.pmkvq_group_size} asks for others; leave --pmkvq-group-size out"
         )
-    if args.pmkvq_key_transform not in (None, calibration.transform):
+    if args.pmkvq_key_center not in (None, "auto"):
+        raise PmkvqConfigError(
+            f"{flag} says itself what is taken off keys, --pmkvq-key-center {args.pmkvq_key_center} asks for something "
+            "else; leave --pmkvq-key-center out"
+        )
+    if args.pmkvq_key_transform not in (None, "auto", calibration.transform):
         raise PmkvqConfigError(
             f"{flag} was made for key transform {calibration.transform}, --pmkvq-key-transform "
             f"{args.pmkvq_key_transform} asks for another; leave --pmkvq-key-transform out"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sglang_pmkvq.formats import DATA_FREE_TRANSFORMS, GROUP_SIZES, TIERS
+from sglang_pmkvq.formats import GROUP_SIZES, KEY_CENTER_CHOICES, KEY_TRANSFORM_CHOICES, TIERS
 from sglang_pmkvq.ledger.policy import POLICIES, PROTECTIONS, PolicyConfig
 from sglang_pmkvq.timeline import why_not_writable
 
@@ -102,7 +102,8 @@ def check_flags(args: Any) -> None:
         ("policy", args.pmkvq_policy, POLICIES),
         ("protect", args.pmkvq_protect, PROTECTIONS),
         ("min-active-bits", args.pmkvq_min_active_bits, TIERS),
-        ("key-transform", args.pmkvq_key_transform, (None, *DATA_FREE_TRANSFORMS)),
+        ("key-transform", args.pmkvq_key_transform, (None, *KEY_TRANSFORM_CHOICES)),
+        ("key-center", args.pmkvq_key_center, (None, *KEY_CENTER_CHOICES)),
     ):
         if value not in allowed:
             expected = ", ".join(str(choice) for choice in allowed if choice is not None)

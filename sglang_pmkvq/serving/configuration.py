@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_pmkvq.artifact import Calibration
 from sglang_pmkvq.formats import LayerGroup, PageShape, groups_from_finals
-from sglang_pmkvq.kernels.coding import Coding, Transform
+from sglang_pmkvq.kernels.coding import Coding
+from sglang_pmkvq.kernels.rotary import ModelKeys, center_bytes, default_center
 from sglang_pmkvq.ledger import PolicyConfig
 from sglang_pmkvq.serving.calibration import load_for
 from sglang_pmkvq.serving.config import DEFAULT_FINAL_BITS, PmkvqConfigError, parse_final_bits
 from sglang_pmkvq.serving.engine import ModelFacts
 from sglang_pmkvq.serving.sizing import page_shape
 
-PLAIN_TWO_BIT_KEYS = (
-    "keys may end at 2 bits as they are, which costs answers; rotate them with --pmkvq-key-transform hadamard, end "
-    "them at 4 bits with --pmkvq-final-bits k4v2, or calibrate (--pmkvq-key-transform none silences this)"
+# A bias is what some models add to every key; below this width it costs answers unless it is taken off.
+BIAS_HARMS_BELOW = 8
+BIAS_LEFT_IN = (
+    "this model adds a large bias to its keys and --pmkvq-key-center none leaves it in keys that end below 8 bits, "
+    "which can ruin answers; leave --pmkvq-key-center out, or end keys at 8 bits with --pmkvq-final-bits k8v4"
+)
+BIAS_STAYS = (
+    "this model adds a large bias to its keys that cannot be taken off ({problem}), and keys end below 8 bits, which "
+    "can ruin answers; end keys at 8 bits with --pmkvq-final-bits k8v4, or try `pmkvq check MODEL`"
 )
 
 
@@ -31,6 +38,7 @@ class Configuration:
         policy: order and depth of shrinking.
         calibration: what the calibration file says of itself, or None.
         warnings: sentences for the log.
+        uncentered: per layer group, why its keys have no centre; "" where they have one. Empty if nobody asked.
     """
 
     shape: PageShape
@@ -39,14 +47,38 @@ class Configuration:
     policy: PolicyConfig
     calibration: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
+    uncentered: tuple[str, ...] = ()
+
+    def center_bytes(self, tokens: int) -> int:
+        """Bytes of centres and rotary table in a pool of so many tokens."""
+        return center_bytes([coding.center for coding in self.codings], tokens)
+
+    def for_tokens(self, tokens: int) -> Configuration:
+        """The same with a rotary table that is no longer than a pool of so many tokens needs."""
+        centers = [None if coding.center is None else coding.center.upto(tokens) for coding in self.codings]
+        codings = tuple(replace(coding, center=c) for coding, c in zip(self.codings, centers, strict=True))
+        return replace(self, codings=codings)
+
+    def center_source(self, group: int) -> str:
+        """Where the centres of a group come from: ``none``, ``bias``, ``mean`` or ``calibration``."""
+        center = self.codings[group].center
+        if center is None:
+            return "none"
+        if self.calibration is not None:
+            return "calibration"
+        return "mean" if center.whole else "bias"
 
 
-def read_configuration(args: Any, facts: ModelFacts) -> Configuration:
+def read_configuration(args: Any, facts: ModelFacts, keys: ModelKeys | None = None) -> Configuration:
     """The configuration that server arguments, the calibration they name, and the model give.
+
+    Args:
+        keys: what the model says of its keys; None is nothing.
 
     Raises:
         PmkvqConfigError: a value, the file or the model cannot be served; names the flag and the way out.
     """
+    keys = keys or ModelKeys()
     calibration = load_for(args)
     shape = page_shape(
         args.page_size,
@@ -57,14 +89,19 @@ def read_configuration(args: Any, facts: ModelFacts) -> Configuration:
     groups = groups_from_finals(layer_finals(args, facts.layers, calibration))
     warnings: tuple[str, ...] = ()
     if calibration is None:
-        transform = args.pmkvq_key_transform or Transform.name
-        codings = tuple(Coding.default(transform, len(group.layers), shape) for group in groups)
-        if args.pmkvq_key_transform is None and any(group.k_final == 2 for group in groups):
-            warnings = (PLAIN_TWO_BIT_KEYS,)
+        transform, center = args.pmkvq_key_transform or "auto", args.pmkvq_key_center or "auto"
+        codings = tuple(Coding.default(transform, group, shape, center, keys) for group in groups)
+        found = [default_center(keys, group.layers, facts.kv_heads, center) for group in groups]
+        uncentered = tuple(
+            "" if coding.center is not None else why if isinstance(why, str) else "keys stay at 16 bits"
+            for coding, why in zip(codings, found, strict=True)
+        )
+        warnings = _bias_warnings(groups, codings, keys, center)
     else:
         rank, size = facts.attention_tp
         heads = rank_heads(calibration.num_kv_heads, size, rank)
-        codings = tuple(Coding.from_calibration(calibration, group.layers, heads) for group in groups)
+        codings = tuple(Coding.from_calibration(calibration, group.layers, heads, keys.rotary) for group in groups)
+        uncentered = tuple("" if c.center is not None else "the calibration has none" for c in codings)
     return Configuration(
         shape=shape,
         groups=groups,
@@ -78,7 +115,21 @@ def read_configuration(args: Any, facts: ModelFacts) -> Configuration:
         ),
         calibration=None if calibration is None else calibration.summary(),
         warnings=warnings,
+        uncentered=uncentered,
     )
+
+
+def _bias_warnings(
+    groups: tuple[LayerGroup, ...], codings: tuple[Coding, ...], keys: ModelKeys, center: str
+) -> tuple[str, ...]:
+    """A sentence if a large bias stays in keys that become narrow."""
+    left = any(
+        group.k_final < BIAS_HARMS_BELOW and coding.center is None and keys.large_bias(group.layers)
+        for group, coding in zip(groups, codings, strict=True)
+    )
+    if not left:
+        return ()
+    return (BIAS_LEFT_IN if center == "none" else BIAS_STAYS.format(problem=keys.problem),)
 
 
 def layer_finals(args: Any, layers: int, calibration: Calibration | None) -> list[tuple[int, int]]:

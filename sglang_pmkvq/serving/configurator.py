@@ -13,6 +13,7 @@ from sglang_pmkvq.serving import engine
 from sglang_pmkvq.serving.config import PmkvqConfigError, parse_size
 from sglang_pmkvq.serving.configuration import read_configuration
 from sglang_pmkvq.serving.engine import DefaultPoolConfigurator, MemoryPoolConfig, ModelFacts
+from sglang_pmkvq.serving.model_keys import model_keys
 from sglang_pmkvq.serving.pool_setup import PoolSetup
 from sglang_pmkvq.serving.refusals import MODEL_REFUSALS, check_model_facts
 from sglang_pmkvq.serving.sizing import choose_geometry, choose_limits
@@ -42,7 +43,8 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
         super().__init__(runner)
         self._args = runner.server_args
         args = engine.resolved(self._args)
-        self._configuration = read_configuration(args, facts)
+        keys = model_keys(engine.key_facts(runner), facts.head_dim)
+        self._configuration = read_configuration(args, facts, keys)
         for warning in self._configuration.warnings:
             logger.warning("pmkvq: %s", warning)
         self._timeline = rank_path(args.pmkvq_timeline, facts.tp_rank, facts.dp_rank)
@@ -90,9 +92,12 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
             bool(args.pmkvq_default_chunk),
         )
         page = configuration.shape.page_size
+        geometry = choose_geometry(
+            configuration.shape, configuration.groups, budget, limits, configuration.center_bytes
+        )
         self.setup = PoolSetup(
-            configuration=configuration,
-            geometry=choose_geometry(configuration.shape, configuration.groups, budget, limits),
+            configuration=configuration.for_tokens(geometry.num_pages * page),
+            geometry=geometry,
             limits=limits,
             budget_bytes=budget,
             stock_tokens=budget // self._cell_size // page * page,

@@ -31,6 +31,8 @@ _NAMES: dict[str, str] = {
     "AttentionBackend": "sglang.srt.layers.attention.base_attn_backend:AttentionBackend",
     "RadixAttention": "sglang.srt.layers.radix_attention:RadixAttention",
     "register_attention_backend": "sglang.srt.layers.attention.attention_registry:register_attention_backend",
+    "RotaryEmbedding": "sglang.srt.layers.rotary_embedding:RotaryEmbedding",
+    "MRotaryEmbedding": "sglang.srt.layers.rotary_embedding:MRotaryEmbedding",
     # for annotations
     "ForwardBatch": "sglang.srt.model_executor.forward_batch_info:ForwardBatch",
     "ModelRunner": "sglang.srt.model_executor.model_runner:ModelRunner",
@@ -141,6 +143,122 @@ def model_facts(runner: Any) -> ModelFacts:
         dp_rank=runner.dp_rank,
         attention_tp=ranks,
     )
+
+
+@dataclass(frozen=True)
+class KeyFacts:
+    """What the keys of a model are made of, on this rank.
+
+    Attributes:
+        bias: per layer, the bias of keys ``[H, D]`` before the rotary embedding, or None.
+        spread: per layer, ``[H]``, the energy that the weights give what varies from key to key: the sum over channels
+            of the variance, for inputs of unit variance before the layer's norm; None where the weights do not say.
+        cos, sin: of the model's rotary embedding, ``[positions, rotary_dim / 2]``, or None.
+        neox: pairs are channels (j, j + rotary_dim / 2), else they interleave.
+        problem: why there is no ``cos``.
+    """
+
+    bias: tuple[Any, ...]
+    spread: tuple[Any, ...]
+    cos: Any
+    sin: Any
+    neox: bool
+    problem: str
+
+
+def key_facts(runner: Any) -> KeyFacts:
+    """Facts of the keys of SGLang's ``ModelRunner``, whose weights are loaded."""
+    modules = dict(runner.model.named_modules())
+    found = []
+    for name, attn in modules.items():
+        if isinstance(attn, __getattr__("RadixAttention")):
+            parent = name.rpartition(".")[0]
+            found.append((attn, modules[parent], modules[parent.rpartition(".")[0]]))
+    found.sort(key=lambda one: one[0].layer_id)
+    problem, module = _one_rotary([attention for _, attention, _ in found], runner.model_config.context_len)
+    cos, sin = (None, None) if module is None else _cos_sin(module, runner.model_config.context_len)
+    return KeyFacts(
+        bias=tuple(_key_bias(attn, attention) for attn, attention, _ in found),
+        spread=tuple(_key_spread(*one) for one in found),
+        cos=cos,
+        sin=sin,
+        neox=bool(getattr(module, "is_neox_style", True)),
+        problem=problem,
+    )
+
+
+def _key_rows(attn: Any) -> slice:
+    """Rows of keys in the projection of queries, keys and values."""
+    queries = attn.tp_q_head_num * attn.qk_head_dim
+    return slice(queries, queries + attn.tp_k_head_num * attn.qk_head_dim)
+
+
+def _projected(attn: Any, attention: Any, name: str) -> Any:
+    """The keys' part of a parameter of the projection, fp32 ``[H, D, ...]``; None if there is none that can be read."""
+    projection = getattr(attention, "qkv_proj", None)
+    tensor = getattr(projection, name, None)
+    rows, values = _key_rows(attn), attn.tp_v_head_num * attn.v_head_dim
+    # Quantized weights have other shapes or dtypes; on some CPUs SGLang packs them.
+    packed = name == "weight" and getattr(projection, "use_intel_amx_backend", False)
+    if tensor is None or packed or not tensor.is_floating_point() or tensor.element_size() < 2:
+        return None
+    if tensor.shape[0] != rows.stop + values:
+        return None
+    return tensor.detach()[rows].float().cpu().unflatten(0, (attn.tp_k_head_num, attn.qk_head_dim))
+
+
+def _key_bias(attn: Any, attention: Any) -> Any:
+    """Bias of keys as it is stored, ``[H, D]``; None if there is none or a norm comes after it."""
+    names = [name.lower() for name, _ in attention.named_children()]
+    if any("norm" in name and name.startswith(("k_", "key", "qk_")) for name in names):
+        return None
+    bias = _projected(attn, attention, "bias")
+    return bias if bias is not None and bool(bias.any()) else None
+
+
+def _key_spread(attn: Any, attention: Any, layer: Any) -> Any:
+    """``KeyFacts.spread`` of a layer: Σ (W·g)² over a head's rows and all inputs, g the weight of the layer's norm."""
+    weight, norm = _projected(attn, attention, "weight"), getattr(layer, "input_layernorm", None)
+    gain = getattr(norm, "weight", None)
+    if weight is None or gain is None or weight.dim() != 3 or gain.shape != weight.shape[2:]:
+        return None
+    gain = gain.detach().float().cpu()
+    if "Gemma" in type(norm).__name__:
+        gain = 1.0 + gain
+    return (weight * gain).square().sum((1, 2))
+
+
+def _one_rotary(attentions: list[Any], context: int) -> tuple[str, Any]:
+    """(why there is none, the rotary embedding that all layers share)."""
+    rotary = __getattr__("RotaryEmbedding")
+    first = None
+    for attention in attentions:
+        module = getattr(attention, "rotary_emb", None)
+        if module is None:
+            return "no rotary embedding", None
+        if isinstance(module, __getattr__("MRotaryEmbedding")):
+            return "its rotary embedding has positions along several axes (mrope)", None
+        kind = type(module)
+        plain = isinstance(module, rotary) and kind.forward_native is rotary.forward_native
+        if not plain or len(getattr(module, "scaling_factors", "1")) > 1:
+            return f"its rotary embedding {kind.__name__} has no single table of cosines and sines", None
+        module._ensure_cos_sin_cache_length(context - 1)
+        if first is None:
+            first = module
+        if module is not first and not _same_rotation(module, first):
+            return "its layers have different rotary embeddings", None
+    return ("", first) if first is not None else ("no attention layer", None)
+
+
+def _same_rotation(a: Any, b: Any) -> bool:
+    if (a.is_neox_style, a.rotary_dim, a.head_size) != (b.is_neox_style, b.rotary_dim, b.head_size):
+        return False
+    return a.cos_sin_cache.shape == b.cos_sin_cache.shape and bool((a.cos_sin_cache == b.cos_sin_cache).all())
+
+
+def _cos_sin(module: Any, context: int) -> Any:
+    """Cosines and sines of positions 0 .. context − 1, on the host."""
+    return module.cos_sin_cache[:context].detach().cpu().chunk(2, dim=-1)
 
 
 def query_heads(runner: Any) -> int:

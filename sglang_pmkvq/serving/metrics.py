@@ -10,6 +10,7 @@ from sglang_pmkvq.timeline import TimelineWriter
 
 if TYPE_CHECKING:
     from sglang_pmkvq.ledger import Ledger, LedgerStats
+    from sglang_pmkvq.serving.first_shrink import WorstLayer
     from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool
     from sglang_pmkvq.serving.pool_setup import PoolSetup
 
@@ -37,6 +38,7 @@ GAUGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "Requests retracted since one last ended; only a livelock lets it grow without end.",
         (),
     ),
+    ("key_error", "Relative error of attention logits by coded keys, measured at a group's first shrink.", ("group",)),
 )
 COUNTERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("shrinks", "Shrinks of a page's K or V in one layer group.", ("from", "to")),
@@ -99,6 +101,8 @@ class MetricsReporter:
         self._set("effective_bits_avg", stats.effective_bits_avg)
         self._set("effective_bits_peak", stats.effective_bits_peak)
         self._set("retractions_since_finish", self._retractions_since_finish)
+        for name, worst in self._key_errors().items():
+            self._set("key_error", worst.key_error, name)
         for (old, new), count in stats.shrinks.items():
             self._count("shrinks", count, str(old), str(new))
             self._count("shrunk_bytes", stats.shrunk_bytes[old, new], str(old), str(new))
@@ -106,6 +110,11 @@ class MetricsReporter:
             self._count(name, count)
         self._count("evict_requests", stats.evict_requests)
         self._count("shrink_seconds", self._shrink_seconds)
+
+    def _key_errors(self) -> dict[str, WorstLayer]:
+        """By the name of the layer group, as far as measured."""
+        found = self._pool.first_shrink
+        return {} if found is None else {self._setup.groups[g].name(): worst for g, worst in found.errors.items()}
 
     def _child(self, name: str, extra: tuple[str, ...]) -> Any:
         assert self._labels is not None
@@ -161,6 +170,7 @@ class MetricsReporter:
     def state(self) -> dict[str, object]:
         """For ``/server_info``: the numbers of the metrics, without needing ``--enable-metrics``."""
         stats = self._ledger.stats()
+        measured = None if self._pool.first_shrink is None else self._pool.first_shrink.measured
         return {
             "storage_bytes": self._pool.storage_bytes(),
             "used_bytes": stats.used_bytes,
@@ -174,6 +184,8 @@ class MetricsReporter:
             "evict_requests": stats.evict_requests,
             "shrink_seconds": self._shrink_seconds,
             "decode_read_bytes": self._ledger.running_bytes,
+            "key_error": {name: asdict(worst) for name, worst in self._key_errors().items()},
+            "measured_centers": None if measured is None else asdict(measured),
             **asdict(self._pool.counters.read()),
             "effective_bits": stats.effective_bits,
             "effective_bits_avg": stats.effective_bits_avg,

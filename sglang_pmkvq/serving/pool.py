@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 
 from sglang_pmkvq.commands import CommandBatch
 from sglang_pmkvq.formats import V
 from sglang_pmkvq.kernels.choose import BackendName, kernels_for
-from sglang_pmkvq.kernels.storage import GroupStorage, allocate_pool
+from sglang_pmkvq.kernels.storage import GroupStorage, allocate_pool, shared_bytes
 from sglang_pmkvq.serving.counters import DeviceCounters
 from sglang_pmkvq.serving.engine import KVCache, unwrap_write_loc
+from sglang_pmkvq.serving.first_shrink import FirstShrink
 from sglang_pmkvq.serving.pool_setup import PoolSetup
 
 
@@ -29,6 +33,8 @@ class MixedPrecisionTokenPool(KVCache):
         backend: who is to run the kernels: by device, Triton on CUDA and torch on the CPU.
         kernels: who does.
         counters: what they counted.
+        first_shrink: what was found before the first pages shrank; None until ``watch``.
+        probe: who wants to see queries before attention runs; None but for the forward or so after a first shrink.
 
     Raises:
         ValueError: the tensors would exceed the byte budget, or dtype or head dims are not supported.
@@ -69,6 +75,9 @@ class MixedPrecisionTokenPool(KVCache):
         self.kernels = kernels_for(device, self.backend)
         self.storages = allocate_pool(setup.geometry, dtype, device, setup.configuration.codings)
         self.counters = DeviceCounters(self.storages)
+        self.first_shrink: FirstShrink | None = None
+        self.probe: FirstShrink | None = None
+        self._watcher: FirstShrink | None = None
         self._place = {
             layer: (g, index)
             for g, group in enumerate(setup.groups)
@@ -80,11 +89,11 @@ class MixedPrecisionTokenPool(KVCache):
         self._finalize_allocation_log(size)
 
     def storage_bytes(self) -> int:
-        """Bytes of every tensor that holds KV, (zero, range) or page tables."""
-        return sum(storage.nbytes for storage in self.storages)
+        """Bytes of every tensor that holds KV, (zero, range), page tables, or centres and their rotary table."""
+        return sum(storage.nbytes for storage in self.storages) + shared_bytes(self.storages)
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
-        """Bytes of K and of V; the page tables count as K."""
+        """Bytes of K and of V; page tables and centres count as K."""
         value = sum(_side_bytes(storage, V) for storage in self.storages)
         return self.storage_bytes() - value, value
 
@@ -94,7 +103,24 @@ class MixedPrecisionTokenPool(KVCache):
 
     def execute(self, batch: CommandBatch) -> None:
         """Run the ledger's commands: waves in order, then the page table. Call on the forward stream."""
+        watcher = self._watcher
+        if watcher is not None and batch.waves:
+            watcher.before(batch)
+            self.probe = watcher if watcher.waiting else None
+            self._watcher = watcher if watcher.watching else None
         self.kernels.execute(self.storages, batch)
+
+    def watch(self, written_pages: Callable[[], np.ndarray]) -> None:
+        """From now on look at commands for the first that codes keys, see ``FirstShrink``."""
+        self.first_shrink = FirstShrink(self.storages, written_pages)
+        self._watcher = self.first_shrink if self.first_shrink.watching else None
+
+    def show_queries(self, group: int, index: int, q: torch.Tensor) -> None:
+        """Show queries ``[n, Hq, D]`` to the ``probe``, which goes once it has seen enough."""
+        if self.probe is not None:
+            self.probe.queries(group, index, q)
+            if not self.probe.waiting:
+                self.probe = None
 
     def set_kv_buffer(
         self,

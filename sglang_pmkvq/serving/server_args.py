@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_pmkvq.artifact import Calibration
-from sglang_pmkvq.formats import DATA_FREE_TRANSFORMS, PAGE_SIZES, TIERS
+from sglang_pmkvq.formats import KEY_CENTER_CHOICES, KEY_TRANSFORM_CHOICES, PAGE_SIZES, TIERS
 from sglang_pmkvq.ledger.policy import POLICIES, PROTECTIONS, PolicyConfig
 from sglang_pmkvq.serving import engine
 from sglang_pmkvq.serving.calibration import check_model, load_for
@@ -79,14 +79,23 @@ class PmkvqServerArgs(ServerArgs):
         int | None, Arg(help="Channels per scale and zero: 32, 64 or 128. Default min(head_dim, 128).")
     ] = None
     pmkvq_key_transform: A[
-        str | None,
+        str,
         Arg(
             help="What is done to keys before they are quantized, without a calibration: hadamard rotates them, and "
-            "2-bit keys span the middle share of their range that suits a normal distribution. Default: what "
-            "--pmkvq-calibration says, else none.",
-            choices=list(DATA_FREE_TRANSFORMS),
+            "2-bit keys span the middle share of their range that suits a normal distribution. auto: what "
+            "--pmkvq-calibration says, else hadamard for keys that end below 8 bits and for values that end at 2.",
+            choices=list(KEY_TRANSFORM_CHOICES),
         ),
-    ] = None
+    ] = "auto"
+    pmkvq_key_center: A[
+        str,
+        Arg(
+            help="What is taken off keys before they are quantized, and added again where they are read: bias, the "
+            "one that the model adds to them, if any; or none. auto: what --pmkvq-calibration says, else the bias, "
+            "else means that are measured before the first page shrinks.",
+            choices=list(KEY_CENTER_CHOICES),
+        ),
+    ] = "auto"
     pmkvq_min_active_bits: A[
         int,
         Arg(

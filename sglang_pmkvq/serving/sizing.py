@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sglang_pmkvq.formats import (
@@ -102,24 +103,43 @@ def choose_limits(
     return limits_for(running, chunk, page, policy)
 
 
-def smallest_budget(shape: PageShape, groups: tuple[LayerGroup, ...], limits: Limits, tokens: int) -> int:
+def _no_centers(tokens: int) -> int:
+    """Bytes of rotary table and centres of a pool of ``tokens`` whose keys have no centre."""
+    return 0
+
+
+def smallest_budget(
+    shape: PageShape,
+    groups: tuple[LayerGroup, ...],
+    limits: Limits,
+    tokens: int,
+    center_bytes: Callable[[int], int] = _no_centers,
+) -> int:
     """Bytes of the smallest pool that holds ``tokens`` logical tokens under ``limits``."""
     pages = math.ceil(tokens / shape.page_size)
-    return geometry_for_pages(shape, groups, pages, limits.hard_pages).total_bytes
+    centers = center_bytes(pages * shape.page_size)
+    return geometry_for_pages(shape, groups, pages, limits.hard_pages, centers).total_bytes
 
 
 def choose_geometry(
-    shape: PageShape, groups: tuple[LayerGroup, ...], budget_bytes: int, limits: Limits
+    shape: PageShape,
+    groups: tuple[LayerGroup, ...],
+    budget_bytes: int,
+    limits: Limits,
+    center_bytes: Callable[[int], int] = _no_centers,
 ) -> PoolGeometry:
     """The largest pool in ``budget_bytes``; it must hold two chunks.
+
+    Args:
+        center_bytes: rotary table and centres of a pool of so many tokens, which never falls.
 
     Raises:
         PmkvqConfigError: the budget is too small; names the smallest pool that works.
     """
-    geometry = geometry_for_budget(shape, groups, budget_bytes, limits.hard_pages)
+    geometry = geometry_for_budget(shape, groups, budget_bytes, limits.hard_pages, center_bytes)
     need = 2 * limits.chunk
     if geometry is None or geometry.num_pages * shape.page_size < need:
-        least = smallest_budget(shape, groups, limits, need)
+        least = smallest_budget(shape, groups, limits, need, center_bytes)
         tails = limits.running + math.ceil(limits.chunk / shape.page_size)
         window = " or --pmkvq-window (--pmkvq-protect hard keeps it at 16 bits)" if limits.hard_pages > tails else ""
         raise PmkvqConfigError(

@@ -23,8 +23,14 @@ def make_model(
     context: int = 4096,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    key_bias: float = 0.0,
 ) -> Path:
-    """Write a random-weight model (config and safetensors, no tokenizer) and return its folder."""
+    """Write a random-weight model (config and safetensors, no tokenizer) and return its folder.
+
+    Args:
+        key_bias: added to one rotary pair of each KV head of the key bias, where the architecture has one; real
+            models of the Qwen2 family have up to 360 there.
+    """
     torch.manual_seed(seed)
     # Qwen2's configuration derives head_dim from the hidden size.
     if architecture == "qwen2":
@@ -55,5 +61,9 @@ def make_model(
                 parameter.normal_(0, 0.08)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.5)
+            if key_bias and name.endswith("k_proj.bias"):
+                # A pair that turns slowly, as in those models: positions are not told by it.
+                pair = head_dim // 2 - 4
+                parameter.view(kv_heads, head_dim)[:, [pair, pair + head_dim // 2]] += key_bias
     model.save_pretrained(path)
     return path

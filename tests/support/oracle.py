@@ -26,7 +26,7 @@ from benchmarks.forced import coding_of
 from benchmarks.harness.methods import PAGE
 from benchmarks.harness.servers import Server, greedy, serve
 from sglang_pmkvq import artifact
-from sglang_pmkvq.formats import K, PoolGeometry, V, groups_from_finals
+from sglang_pmkvq.formats import K, LayerGroup, PoolGeometry, V, groups_from_finals
 from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 from sglang_pmkvq.ledger import Ledger, PolicyConfig
@@ -53,7 +53,8 @@ class Case:
 
     def args(self) -> list[str]:
         keys = ["--pmkvq-calibration", self.calibration] if self.calibration else ["--pmkvq-final-bits", self.final]
-        keys += ["--pmkvq-key-transform", "hadamard"] if self.hadamard else []
+        if not self.calibration:
+            keys += ["--pmkvq-key-center", "none", "--pmkvq-key-transform", "hadamard" if self.hadamard else "none"]
         return [
             *keys, "--pmkvq-policy", self.policy, "--pmkvq-window", str(self.window),
             "--pmkvq-sink-tokens", "0", "--pmkvq-pool-bytes", self.pool, "--page-size", str(PAGE),
@@ -74,8 +75,8 @@ class Case:
         """Of all layers: what the file says, or the flags without one."""
         if self.calibration:
             return coding_of(self._file())
-        layers = sum(len(g.layers) for g in geometry.groups)
-        return Coding.default("hadamard" if self.hadamard else "none", layers, geometry.shape)
+        every = LayerGroup(tuple(range(sum(len(g.layers) for g in geometry.groups))), 2, 2)
+        return Coding.default("hadamard" if self.hadamard else "none", every, geometry.shape)
 
     def _policy(self) -> PolicyConfig:
         return PolicyConfig(policy=self.policy, window_tokens=self.window, sink_tokens=0)  # type: ignore[arg-type]

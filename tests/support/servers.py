@@ -22,7 +22,7 @@ def metrics(server: Server) -> dict[str, float]:
     text = requests.get(f"{server.url}/metrics", timeout=60).text
     out: dict[str, float] = {}
     for sample in (s for family in text_string_to_metric_families(text) for s in family.samples):
-        labels = [f"{k}={v}" for k, v in sample.labels.items() if k in ("tier", "from", "to", "kind")]
+        labels = [f"{k}={v}" for k, v in sample.labels.items() if k in ("tier", "from", "to", "kind", "group")]
         out[sample.name + ("{" + ",".join(labels) + "}" if labels else "")] = sample.value
     return out
 

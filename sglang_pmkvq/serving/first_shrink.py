@@ -1,0 +1,266 @@
+"""What happens once, before the first keys of a pool become codes: their centres are measured, and what coding costs.
+
+Until then every page is at 16 bits, so the pool itself is the data. Centres that were to come (``Center.to_come``) are
+the mean of R_m⁻¹ k_m over the tokens of whole pages, and stay for the life of the process: codes cannot change theirs.
+Of each layer group, keys of the first pages that shrink are kept until queries pass by, and the error that their
+codes make in attention logits is measured with them. Then nothing of this is left on any path.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from sglang_pmkvq.commands import CommandBatch
+from sglang_pmkvq.formats import STEP_BITS, STEP_MASK, UNITS_PER_SUPERBLOCK, K
+from sglang_pmkvq.kernels.reference.scores import key_error
+from sglang_pmkvq.kernels.rotary import MEASURED_BLOCKS, chosen_blocks
+from sglang_pmkvq.kernels.storage import GroupStorage
+
+logger = logging.getLogger(__name__)
+
+# Centres are means over at least so many tokens, else there are none; and over at most so many, evenly spread.
+MIN_CENTER_TOKENS = 512
+MAX_CENTER_TOKENS = 8192
+# Tokens that are turned back at once: bounds the fp32 workspace.
+ROUND_TOKENS = 1024
+# Keys and rows of queries that the error of logits is measured with.
+SAMPLED_KEYS = 64
+SAMPLED_QUERIES = 32
+# Relative error of attention logits above which answers suffer.
+KEY_ERROR_HARMS = 0.5
+
+
+@dataclass(frozen=True)
+class MeasuredCenters:
+    """What became of centres that were to be measured.
+
+    Attributes:
+        tokens: that they are means of; fewer than ``MIN_CENTER_TOKENS`` and there are none.
+        layers: that have one, of how many.
+        seconds: it took.
+    """
+
+    tokens: int
+    layers: int
+    of_layers: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WorstLayer:
+    """Of a layer group: the relative error of its attention logits (``key_error``), and its number in the model."""
+
+    key_error: float
+    layer: int
+
+
+class _Sample:
+    """Keys of a layer group that wait for queries.
+
+    Attributes:
+        keys: ``[L, H, T, D]``, 16 bits, at ``positions [T]``.
+        errors: per layer, once measured.
+    """
+
+    def __init__(self, keys: torch.Tensor, positions: torch.Tensor) -> None:
+        self.keys = keys
+        self.positions = positions
+        self.errors: dict[int, float] = {}
+
+
+class FirstShrink:
+    """Of the layer groups of a pool. Who executes commands calls ``before``, and attention ``queries``.
+
+    Args:
+        storages: of all layer groups.
+        written_pages: logical pages that the coming forward does not write and earlier ones wrote whole, int64.
+
+    Attributes:
+        measured: the centres, once measured; None before, or if none were to come.
+        errors: per layer group, once measured.
+        waiting: there are sampled keys that want queries.
+    """
+
+    def __init__(self, storages: Sequence[GroupStorage], written_pages: Callable[[], np.ndarray]) -> None:
+        self._storages = storages
+        self._written_pages = written_pages
+        self._centers_to_come = any(_to_come(storage) for storage in storages)
+        self._unsampled = {g for g, storage in enumerate(storages) if storage.group.k_final < 16}
+        self._samples: dict[int, _Sample] = {}
+        self.measured: MeasuredCenters | None = None
+        self.errors: dict[int, WorstLayer] = {}
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._samples)
+
+    @property
+    def watching(self) -> bool:
+        """Whether ``before`` has anything left to do."""
+        return self._centers_to_come or bool(self._unsampled)
+
+    def before(self, batch: CommandBatch) -> None:
+        """Look at commands that are about to be executed; the pages are still as the forward before left them."""
+        for group in sorted(self._unsampled):
+            pages = _first_coded(batch, group, self._storages[group])
+            if not len(pages):
+                continue
+            if self._centers_to_come:
+                self._centers_to_come = False
+                self._measure_centers()
+            self._unsampled.discard(group)
+            self._samples[group] = _sample(self._storages[group], pages[: SAMPLED_KEYS // _page_size(self._storages)])
+
+    # -- centres ---------------------------------------------------------------------------------------------
+
+    def _measure_centers(self) -> None:
+        start = perf_counter()
+        groups = [storage for storage in self._storages if _to_come(storage)]
+        written = np.sort(self._written_pages())
+        tokens, layers = 0, 0
+        for storage in groups:
+            pages = _whole_pages(storage, written)
+            held = len(pages) * storage.shape.page_size
+            tokens = max(tokens, min(held, MAX_CENTER_TOKENS))
+            if held >= MIN_CENTER_TOKENS:
+                layers += _fill(storage, _spread_evenly(pages, MAX_CENTER_TOKENS // storage.shape.page_size))
+        of_layers = sum(storage.num_layers for storage in groups)
+        self.measured = MeasuredCenters(tokens, layers, of_layers, perf_counter() - start)
+        if tokens < MIN_CENTER_TOKENS:
+            logger.info(
+                "pmkvq: keys stay without centres until the server is started again: the first page shrinks while only "
+                "%d tokens are there, and means need %d",
+                tokens,
+                MIN_CENTER_TOKENS,
+            )
+        else:
+            logger.info(
+                "pmkvq: centres of keys measured over %d tokens, %d of %d layers have one, %.2f s",
+                tokens,
+                layers,
+                of_layers,
+                self.measured.seconds,
+            )
+
+    # -- errors ----------------------------------------------------------------------------------------------
+
+    def queries(self, group: int, layer: int, q: torch.Tensor) -> None:
+        """Queries ``[n, Hq, D]`` of layer ``layer`` of a group pass by, after their rotary embedding."""
+        sample, storage = self._samples.get(group), self._storages[group]
+        if sample is None or layer in sample.errors or not len(q):
+            return
+        chosen = torch.linspace(0, len(q) - 1, min(len(q), SAMPLED_QUERIES)).round().long().unique().to(q.device)
+        coding, shape = storage.coding.pick(layer), storage.shape
+        sample.errors[layer] = key_error(
+            q[chosen], sample.keys[layer], coding, storage.group.k_final, shape.group_size, sample.positions
+        )
+        if len(sample.errors) == storage.num_layers:
+            del self._samples[group]
+            self._judge(group, sample.errors)
+
+    def _judge(self, group: int, errors: dict[int, float]) -> None:
+        spec = self._storages[group].group
+        # What is not a number is worst.
+        worst = max(errors, key=lambda layer: (errors[layer] != errors[layer], errors[layer]))
+        found = self.errors[group] = WorstLayer(errors[worst], spec.layers[worst])
+        if not found.key_error <= KEY_ERROR_HARMS:
+            logger.warning(
+                "pmkvq: %d-bit keys of layer group %s change attention logits by %.2f of what they vary (worst: layer "
+                "%d), which harms answers; `pmkvq check MODEL` shows what to serve it with",
+                spec.k_final,
+                spec.name(),
+                found.key_error,
+                found.layer,
+            )
+
+
+def _page_size(storages: Sequence[GroupStorage]) -> int:
+    return storages[0].shape.page_size
+
+
+def _to_come(storage: GroupStorage) -> bool:
+    return storage.coding.center is not None and storage.coding.center.whole
+
+
+def _first_coded(batch: CommandBatch, group: int, storage: GroupStorage) -> np.ndarray:
+    """Pages of a group whose keys a batch takes from 16 bits to codes, in its order, each once."""
+    found = [
+        copies.page[(copies.src_tier == 16) & (copies.dst_tier < 16)]
+        for wave in batch.waves
+        for copies in wave
+        if copies.group == group and K in storage.group.arena_sides[copies.arena]
+    ]
+    pages = np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
+    return pages[np.sort(np.unique(pages, return_index=True)[1])]
+
+
+def _superblocks(storage: GroupStorage, pages: np.ndarray) -> np.ndarray:
+    """Superblock of the keys of each page as the device's table has it now; −1 where they are not at 16 bits."""
+    at = torch.from_numpy(pages).to(storage.device)
+    entry = storage.table[storage.arena_of(K)].index_select(0, at).cpu().numpy().astype(np.int64)
+    tiers = np.array([step[K] for step in storage.group.steps])
+    step = np.where(entry < 0, 0, entry & STEP_MASK)
+    return np.where((entry >= 0) & (tiers[step] == 16), (entry >> STEP_BITS) // UNITS_PER_SUPERBLOCK, -1)
+
+
+def _whole_pages(storage: GroupStorage, written: np.ndarray) -> np.ndarray:
+    """Those of ``written`` whose keys are at 16 bits."""
+    return written[_superblocks(storage, written) >= 0]
+
+
+def _spread_evenly(pages: np.ndarray, most: int) -> np.ndarray:
+    return pages if len(pages) <= most else pages[np.linspace(0, len(pages) - 1, most).round().astype(np.int64)]
+
+
+def _keys(storage: GroupStorage, layer: int, blocks: torch.Tensor) -> torch.Tensor:
+    """16-bit keys of a layer ``[H, n · P, D]``."""
+    return storage.pages16(K, layer).index_select(0, blocks).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _positions(storage: GroupStorage, pages: np.ndarray) -> torch.Tensor:
+    """Of the tokens of pages, int64 ``[n · P]``; 0, 1, 2, … where no keys have a centre and nobody noted them."""
+    size = storage.shape.page_size
+    if storage.page_columns is None:
+        return torch.arange(len(pages) * size, device=storage.device)
+    columns = storage.page_columns.index_select(0, torch.from_numpy(pages).to(storage.device)).long()
+    return (columns[:, None] * size + torch.arange(size, device=storage.device)).flatten()
+
+
+def _sample(storage: GroupStorage, pages: np.ndarray) -> _Sample:
+    pages = _whole_pages(storage, pages)
+    blocks = torch.from_numpy(_superblocks(storage, pages)).to(storage.device)
+    keys = torch.stack([_keys(storage, layer, blocks) for layer in range(storage.num_layers)])
+    return _Sample(keys, _positions(storage, pages))
+
+
+def _fill(storage: GroupStorage, pages: np.ndarray) -> int:
+    """Measures the centres of a layer group over pages and takes them; how many layers have one."""
+    center = storage.coding.center
+    assert center is not None
+    blocks = torch.from_numpy(_superblocks(storage, pages)).to(storage.device)
+    positions = _positions(storage, pages)
+    step = max(1, ROUND_TOKENS // storage.shape.page_size)
+    means, spreads = [], []
+    for layer in range(storage.num_layers):
+        total, squares = torch.zeros(()).double(), torch.zeros(()).double()
+        for at in range(0, len(pages), step):
+            keys = _keys(storage, layer, blocks[at : at + step])
+            part = slice(at * storage.shape.page_size, at * storage.shape.page_size + keys.shape[1])
+            before = center.rotary.unturned(keys, positions[part]).double()
+            total = total.to(before.device) + before.sum(1)
+            squares = squares.to(before.device) + before.square().sum((1, 2))
+        mean = total / positions.numel()
+        if not bool(torch.isfinite(mean).all()):
+            mean = torch.zeros_like(mean)
+        means.append(mean.float())
+        spreads.append((squares / positions.numel() - mean.square().sum(-1)).clamp_min(0))
+    vector = torch.stack(means)
+    chosen = chosen_blocks(vector.cpu(), torch.stack(spreads).cpu(), center.rotary, most=MEASURED_BLOCKS)
+    center.fill(vector, chosen)
+    return sum(bool(layer) for layer in chosen)

@@ -1,0 +1,256 @@
+"""What the model's keys are made of: bias, spread and rotary table, against SGLang's own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers.rotary_embedding import factory, get_rope
+from sglang.srt.runtime_context import get_context
+from sglang.srt.server_args import ServerArgs
+from torch import nn
+
+from sglang_pmkvq.formats import PageShape, groups_from_finals
+from sglang_pmkvq.kernels.coding import Coding
+from sglang_pmkvq.kernels.reference.codes import center_term
+from sglang_pmkvq.kernels.rotary import Center, ModelKeys, center_bytes, chosen_blocks, default_center
+from sglang_pmkvq.serving import engine
+from sglang_pmkvq.serving.model_keys import model_keys
+
+D, H, HQ, HIDDEN, CONTEXT = 64, 2, 4, 32, 512
+
+
+@pytest.fixture(autouse=True)
+def _server_arguments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rotary modules ask for SGLang's arguments while they are made."""
+    monkeypatch.setattr(get_context(), "_server_args", ServerArgs(model_path="dummy"))
+    factory._ROPE_DICT.clear()
+    yield
+    factory._ROPE_DICT.clear()
+
+
+def rope(context: int = CONTEXT, neox: bool = True, partial: float = 1.0, dim: int = D, **scaling: Any) -> Any:
+    return get_rope(
+        dim, rotary_dim=dim, max_position=context, base=10000, is_neox_style=neox, rope_scaling=scaling or None,
+        partial_rotary_factor=partial, dtype=torch.float32,
+    )  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Named as SGLang's models name them."""
+
+    def __init__(self, layer: int, rotary: nn.Module | None, bias: bool = True, norm: bool = False) -> None:
+        super().__init__()
+        self.qkv_proj = nn.Linear(HIDDEN, (HQ + 2 * H) * D, bias=bias)
+        if norm:
+            self.k_norm = nn.RMSNorm(D)
+        if rotary is not None:
+            self.rotary_emb = rotary
+        self.attn = engine.RadixAttention(HQ, D, 1.0, num_kv_heads=H, layer_id=layer)
+
+
+class Layer(nn.Module):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.self_attn = Attention(*args, **kwargs)
+        self.input_layernorm = nn.RMSNorm(HIDDEN)
+        nn.init.normal_(self.input_layernorm.weight)
+
+
+def runner(*layers: Layer, context: int = CONTEXT) -> Any:
+    return SimpleNamespace(
+        model=nn.ModuleDict({"layers": nn.ModuleList(layers)}), model_config=SimpleNamespace(context_len=context)
+    )
+
+
+def keys_of(*rotaries: nn.Module | None, context: int = CONTEXT, **kwargs: Any) -> ModelKeys:
+    made = runner(*(Layer(i, r, **kwargs) for i, r in enumerate(rotaries)), context=context)
+    return model_keys(engine.key_facts(made), D)
+
+
+ROTARY: dict[str, dict[str, Any]] = {
+    "neox": {},
+    "interleaved": {"neox": False},
+    "partial": {"partial": 0.5},
+    "partial, interleaved (GLM-4)": {"partial": 0.5, "neox": False},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "dynamic, alpha": {"rope_type": "dynamic", "factor": 1.0, "alpha": 100.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    "default": {"rope_type": "default"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROTARY)
+def test_the_model_turns_the_bias_as_the_table_does(name: str, dtype: torch.dtype) -> None:
+    """R_m c is what the module makes of a key that is c."""
+    module = rope(**ROTARY[name]).to(dtype)
+    keys = keys_of(module, module)
+    assert keys.rotary is not None and keys.problem == ""
+    assert keys.rotary.positions >= CONTEXT
+    vector = torch.randn(1, H, D) * 3
+    blocks = tuple(keys.rotary.blocks)
+    center = Center.of(vector, [blocks], keys.rotary)
+    positions = torch.tensor([0, 1, 2, 17, 63, 64, 300, CONTEXT - 1])
+    flat = center.vector[0].flatten().expand(len(positions), -1).contiguous()
+    # Its table as it is, its arithmetic in fp32.
+    _, want = module.float().forward_native(positions, flat.clone(), flat.clone())
+    got = center_term(Coding(center=center), positions)
+    assert got is not None
+    torch.testing.assert_close(got, want.view(-1, H, D).transpose(0, 1), rtol=1e-5, atol=1e-5)
+    turned = got.clone()
+    assert not torch.allclose(turned[:, 3], got[:, 4])  # positions matter
+    torch.testing.assert_close(
+        keys.rotary.unturned(got, positions), center.vector[0][:, None].expand_as(got), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_table_is_extended_to_the_context() -> None:
+    module = rope(context=128)
+    keys = keys_of(module, context=1000)
+    assert keys.rotary is not None and keys.rotary.positions == 1024
+    assert module.cos_sin_cache.shape[0] >= 1000
+    want = rope(context=1024).cos_sin_cache[999]
+    values = keys.rotary.values[:, 999].unflatten(-1, (2, 8)).transpose(0, 1).flatten()
+    torch.testing.assert_close(values, want)
+
+
+def test_a_table_ends_with_the_context() -> None:
+    keys = keys_of(rope(context=4096), context=100)
+    assert keys.rotary is not None and keys.rotary.positions == 128
+    assert not keys.rotary.values[:, 100:].any()
+
+
+def mrope() -> Any:
+    return rope(rope_type="default", mrope_section=[8, 12, 12])
+
+
+def longrope() -> Any:
+    return rope(
+        rope_type="longrope", short_factor=[1.0] * 32, long_factor=[4.0] * 32, original_max_position_embeddings=128,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rotaries", "says"),
+    [
+        ((None,), "no rotary embedding"),
+        ((mrope,), "mrope"),
+        ((longrope,), "Phi3LongRoPEScaledRotaryEmbedding has no single table"),
+        ((rope, lambda: rope(neox=False)), "different rotary embeddings"),
+        ((rope, lambda: rope(rope_type="linear", factor=4.0)), "different rotary embeddings"),
+        ((rope, None), "no rotary embedding"),
+    ],
+)
+def test_no_table_and_why(rotaries: tuple[Any, ...], says: str) -> None:
+    keys = keys_of(*(None if r is None else r() for r in rotaries))
+    assert keys.rotary is None and says in keys.problem
+    for choice in ("auto", "bias"):
+        assert default_center(keys, (0,), H, choice) == keys.problem
+
+
+def test_other_modules_with_the_same_table_are_one() -> None:
+    first = rope()
+    factory._ROPE_DICT.clear()
+    second = rope()
+    assert first is not second
+    assert keys_of(first, second).rotary is not None
+
+
+def test_bias_and_spread_are_those_of_the_keys() -> None:
+    """Of rows between queries and values; the spread is the variance of W·(g ∘ x) for x of unit variance."""
+    torch.manual_seed(0)
+    layer = Layer(0, rope())
+    keys = model_keys(engine.key_facts(runner(layer)), D)
+    linear = layer.self_attn.qkv_proj
+    rows = slice(HQ * D, (HQ + H) * D)
+    assert linear.bias is not None
+    assert keys.bias[0] is not None and torch.equal(keys.bias[0], linear.bias.detach()[rows].view(H, D))
+    x = torch.randn(20_000, HIDDEN)
+    made = (layer.input_layernorm.weight.detach() * x) @ linear.weight.detach()[rows].T
+    spread = keys.spread[0]
+    assert spread is not None
+    torch.testing.assert_close(spread, made.view(-1, H, D).var(0).sum(-1), rtol=0.05, atol=0)
+
+
+def test_layers_come_in_their_order() -> None:
+    second, first = Layer(1, rope()), Layer(0, rope())
+    keys = model_keys(engine.key_facts(runner(second, first)), D)
+    bias = first.self_attn.qkv_proj.bias
+    assert bias is not None and keys.bias[0] is not None
+    assert torch.equal(keys.bias[0].flatten(), bias.detach()[HQ * D : (HQ + H) * D])
+
+
+def test_no_bias_where_there_is_none_or_a_norm_follows() -> None:
+    assert keys_of(rope(), bias=False).bias == (None,)
+    assert keys_of(rope(), norm=True).bias == (None,)
+    zero = Layer(0, rope())
+    nn.init.zeros_(zero.self_attn.qkv_proj.bias)  # type: ignore[arg-type]
+    assert model_keys(engine.key_facts(runner(zero)), D).bias == (None,)
+
+
+def test_weights_that_cannot_be_read_say_nothing_of_the_spread() -> None:
+    """Then every block of a bias is taken off."""
+    layer = Layer(0, rope())
+    layer.self_attn.qkv_proj.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    keys = model_keys(engine.key_facts(runner(layer)), D)
+    assert keys.spread == (None,) and keys.bias[0] is not None
+    center = default_center(keys, (0,), H, "auto")
+    assert isinstance(center, Center) and center.blocks == ((0, 1, 2, 3),)
+    layer = Layer(0, rope())
+    layer.self_attn.qkv_proj.use_intel_amx_backend = True  # type: ignore[assignment]
+    assert engine.key_facts(runner(layer)).spread == (None,)
+
+
+def biased(size: float) -> ModelKeys:
+    """Three layers; the bias of the second is large in the pairs of block 2."""
+    layers = [Layer(i, rope()) for i in range(3)]
+    for i, layer in enumerate(layers):
+        bias = layer.self_attn.qkv_proj.bias
+        assert bias is not None
+        nn.init.zeros_(bias)
+        with torch.no_grad():
+            bias.view(-1, D)[HQ : HQ + H, 20] = size if i == 1 else 1e-3
+    return model_keys(engine.key_facts(runner(*layers)), D)
+
+
+def test_what_is_taken_off() -> None:
+    keys = biased(300.0)
+    center = default_center(keys, (0, 1, 2), H, "auto")
+    assert isinstance(center, Center) and center.blocks == ((), (2,), ()) and not center.whole
+    assert center.vector[1, 0, 20] == 300 and not center.vector[0].any()
+    assert isinstance(default_center(keys, (1,), H, "bias"), Center)
+    assert default_center(keys, (1,), H, "none") == "switched off"
+    assert default_center(keys, (0, 2), H, "auto") == "the bias is small against what varies"
+    assert keys.large_bias((0, 1)) and not keys.large_bias((0, 2))
+
+
+def test_without_a_bias_means_are_to_come() -> None:
+    keys = keys_of(rope(), rope(), bias=False)
+    center = default_center(keys, (0, 1), H, "auto")
+    assert isinstance(center, Center) and center.whole and not center.vector.any()
+    assert default_center(keys, (0, 1), H, "bias") == "no bias in the weights"
+    assert not keys.large_bias((0, 1))
+
+
+def test_bytes_of_centres_follow_the_tokens() -> None:
+    """Of one table for all groups; whole where the blocks are chosen later."""
+    keys = biased(300.0)
+    shape, groups = PageShape(16, H, D, D), groups_from_finals([(4, 4), (4, 4), (2, 2)])
+    codings = [Coding.default("auto", g, shape, "auto", keys) for g in groups]
+    centers = [c.center for c in codings]
+    assert centers[1] is None and centers[0] is not None
+    assert center_bytes(centers, 100) - centers[0].nbytes == 128 * 16 * 2
+    assert center_bytes(centers, 10**9) == center_bytes(centers)
+    assert center_bytes([centers[0].upto(100)]) == center_bytes(centers, 100)
+    means = Center.to_come(3, H, keys.rotary, 2)  # type: ignore[arg-type]
+    assert center_bytes([means], 100) - means.nbytes == 4 * 128 * 16 * 2
+    assert chosen_blocks(torch.zeros(1, H, D), torch.ones(1, H), keys.rotary) == ((),)  # type: ignore[arg-type]
