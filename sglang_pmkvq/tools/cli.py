@@ -12,7 +12,7 @@ from sglang_pmkvq import __version__
 
 # Modules of the repository's benchmarks/ folder: all that can be run there.
 BENCHES = {
-    "accuracy": "right answers of a running server, methods at equal bytes",
+    "accuracy": "right answers of a running server (problems, needles, tool calls), methods at equal bytes",
     "kld": "divergence from a 16-bit server on the same tokens, over context length",
     "offline": "16 bits, static widths and KIVI on the bundled model, without a server",
     "calibration": "what calibration, clipping and rotation give on the bundled model",
