@@ -91,6 +91,12 @@ class RotaryTable:
                 at[channels] = start + torch.arange(ROTARY_PAIRS)
         return at.to(device=self.values.device, dtype=torch.int32)
 
+    @cached_property
+    def block_channels(self) -> torch.Tensor:
+        """Channels of the pairs of each block that is there, int32 ``[blocks, 16]``: 8 first ones, then 8 second."""
+        rows = [torch.cat(self.channels(block)) for block in self.blocks]
+        return torch.stack(rows).to(device=self.values.device, dtype=torch.int32)
+
     def keep(self, blocks: Sequence[int]) -> RotaryTable:
         """The same with some of its blocks."""
         places = [self.blocks.index(block) for block in blocks]
