@@ -103,6 +103,15 @@ def configs() -> Iterator[Config]:
         yield Config("copy", arch, "fp16", finals=(8, 8))
         yield Config("copy", arch, group_size=32, transform="scale")
         yield from (Config(kernel, arch) for kernel in SMALL)
+        for blocks in (1, 2):
+            yield Config("decode", arch, transform="hadamard", center=blocks)
+        yield Config("decode", arch, finals=(2, 2), transform="hadamard", clip=True, center=4, values="hadamard")
+        yield Config("decode", arch, "fp16", center=4)
+        yield Config("decode", arch, head_dim=256, center=2, values="hadamard")
+        yield Config("extend", arch, transform="hadamard", center=2, values="hadamard")
+        yield Config("copy", arch, "fp16", finals=(2, 4), center=1, values="hadamard")
+        yield Config("copy", arch, finals=(2, 2), transform="hadamard", clip=True, center=4, values="hadamard")
+        yield Config("count", arch, center=1)
 
 
 def sample() -> Iterator[Config]:
@@ -119,6 +128,9 @@ def sample() -> Iterator[Config]:
         yield Config("copy", arch, finals=(2, 2), transform="hadamard")
     yield Config("decode", 90, finals=(2, 2), transform="scale", clip=True)
     yield Config("decode", 90, finals=(2, 2), transform="hadamard", clip=True)
+    yield Config("decode", 90, finals=(2, 2), transform="hadamard", clip=True, center=4, values="hadamard")
+    yield Config("copy", 90, finals=(2, 2), transform="hadamard", clip=True, center=4, values="hadamard")
+    yield Config("count", 90, center=1)
 
 
 def launches(config: Config) -> dict[str, Launch]:

@@ -21,7 +21,8 @@ from sglang_pmkvq.artifact import Calibration
 from sglang_pmkvq.formats import KEY_TRANSFORMS, K, LayerGroup, PageShape
 from sglang_pmkvq.kernels.rotary import Center, RotaryTable
 
-Index = int | slice
+# One layer, or some of them in order.
+Index = int | slice | list[int]
 # The model's own, and what the CPU computes in.
 QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -202,7 +203,8 @@ class PerLayer(Transform):
     def pick(self, index: Index) -> Transform:
         if isinstance(index, int):
             return self.layers[index].pick(0)
-        return PerLayer(self.layers[index])
+        some = self.layers[index] if isinstance(index, slice) else tuple(self.layers[i] for i in index)
+        return PerLayer(some)
 
     def on(self, device: torch.device | str) -> PerLayer:
         return PerLayer(tuple(transform.on(device) for transform in self.layers))
@@ -320,8 +322,11 @@ class Coding:
             clip = clip.to(device=device, dtype=torch.float32).contiguous() if group.k_final == 2 else None
         keys = self.key_transform.on(device) if group.k_final < 16 else Transform()
         values = self.value_transform.on(device) if group.v_final < 16 else Transform()
-        center = self.center if group.k_final < 16 else None
-        return Coding(keys, clip, values, None if center is None else center.on(device))
+        center = self.center.on(device) if self.center is not None and group.k_final < 16 else None
+        if center is not None:
+            # Made now: the first to ask may be a CUDA graph that is being captured.
+            assert center.rotary.channel_at.numel() and center.rotary.block_channels.numel()
+        return Coding(keys, clip, values, center)
 
     def on(self, device: torch.device | str) -> Coding:
         """The same with tensors on a device."""
@@ -333,7 +338,7 @@ class Coding:
         )
 
     def pick(self, index: Index) -> Coding:
-        """The same for some layers of the group: an index, which drops the axis of layers, or a slice.
+        """The same for some layers of the group: an index, which drops the axis of layers, or several.
 
         A centre keeps the axis: picked by an index it is a group of one layer.
         """

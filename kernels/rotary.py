@@ -271,10 +271,11 @@ class Center:
         readers = sum(reader.nbytes for reader in self.readers if reader is not None)
         return self.vector.nbytes + self.factors.nbytes + readers + sum(place.nbytes for place in self.places)
 
-    def pick(self, index: int | slice) -> Center:
+    def pick(self, index: int | slice | list[int]) -> Center:
         """Some layers of the group; one layer stays a group of one."""
-        some = slice(index, index + 1) if isinstance(index, int) else index
-        return Center(self.vector[some], self.blocks[some], self.rotary)
+        some = [index] if isinstance(index, int) else index
+        layers = range(len(self.blocks))[some] if isinstance(some, slice) else some
+        return Center(self.vector[some], tuple(self.blocks[layer] for layer in layers), self.rotary)
 
     def on(self, device: torch.device | str) -> Center:
         """The same with tensors on a device."""

@@ -208,12 +208,6 @@ def attend_step(
         if KT < 16 or VT < 16:
             page = tl.load(pages + entry, mask=valid, other=0)
 
-        position = t
-        if CAUSAL:
-            position += tl.load(cols + entry, mask=valid, other=0) * P
-        elif KT < 16 and CENTER_BLOCKS > 0:
-            position += tl.load(page_columns + page, mask=valid, other=0) * P
-
         if KT == 16:
             at = k_unit * (UNIT // 2) + t * (H * D) + head * D
             k = tl.load(k16 + at[:, None] + tl.arange(0, D)[None, :]).to(DOT)
@@ -221,6 +215,15 @@ def attend_step(
         else:
             at = k_unit * UNIT + head * (P * KW) + t * KW
             s = tl.zeros((M, N), dtype=tl.float32)
+            if CENTER_BLOCKS > 0:
+                # What the plan wrote of a page is its column in any request that holds it.
+                column = tl.load(cols + entry if CAUSAL else page_columns + page, mask=valid, other=0)
+                row = (column * P + t) * ROTARY_COLUMNS
+                for b in tl.static_range(CENTER_BLOCKS):
+                    x = tl.load(center_rows[b] + row[:, None] + tl.arange(0, ROTARY_COLUMNS)[None, :]).to(DOT)
+                    s = tl.dot(q_center[2 * b], tl.trans(x), s)
+                    s = tl.dot(q_center[2 * b + 1], tl.trans(x), s)
+                s *= center_step(MANTISSA)
             FACTOR: tl.constexpr = code_step(KT, MANTISSA) / ((1 << KT) - 1)
             for c in tl.static_range(KW // KC):
                 raw = tl.load(k_codes + at[:, None] + (c * KC + tl.arange(0, KC))[None, :])
@@ -243,11 +246,6 @@ def attend_step(
                         zero -= span * code_bias(KT, MANTISSA)
                         s += dot * span[None, :] + q_sums[g][:, None] * zero[None, :]
 
-            for b in tl.static_range(CENTER_BLOCKS):
-                at = position[:, None] * ROTARY_COLUMNS + tl.arange(0, ROTARY_COLUMNS)[None, :]
-                x = tl.trans(tl.load(center_rows[b] + at).to(DOT))
-                dot = tl.dot(q_center[2 * b + 1], x, tl.dot(q_center[2 * b], x))
-                s += dot * center_step(MANTISSA)
 
         if CAP:
             # tanh(x) = 2·sigmoid(2x) − 1
@@ -255,6 +253,7 @@ def attend_step(
         else:
             s = s * (sm_scale * LOG2E)
         if CAUSAL:
+            position = tl.load(cols + entry, mask=valid, other=0) * P + t
             s = tl.where(valid[None, :] & (position[None, :] <= q_pos[:, None]), s, float("-inf"))
         else:
             s = tl.where(valid[None, :], s, float("-inf"))

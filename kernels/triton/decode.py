@@ -6,6 +6,15 @@ from sglang_pmkvq.kernels.triton.attend import LN2, attend_step
 from sglang_pmkvq.kernels.triton.rotation import first_coded, rotated, rotation_factor
 
 
+@triton.jit
+def tokens_of(item_tokens, FIRST: tl.constexpr, STEPS: tl.constexpr):
+    """Tokens of an item in steps FIRST and after; an item may have a negative number in a step, which is none."""
+    count = tl.zeros((), dtype=tl.int32)
+    for step in tl.static_range(FIRST, STEPS):
+        count += tl.maximum(tl.load(item_tokens + step), 0)
+    return count
+
+
 @triton.jit(do_not_specialize=["num_requests"], do_not_specialize_on_alignment=["key_clip"])
 def decode_kernel(
     q, q_stride_t, q_stride_h, q_low,  # q_low: queries that read codes, laid out as q, or None
@@ -41,11 +50,8 @@ def decode_kernel(
     FIRST: tl.constexpr = first_coded(V_TIERS)
     for step in tl.static_range(STEPS):
         n_valid = tl.load(item_tokens + item * STEPS + step)
-        if TURN_VALUES and step == FIRST:
-            coded = n_valid
-            for later in tl.static_range(FIRST + 1, STEPS):
-                coded = tl.maximum(coded, tl.load(item_tokens + item * STEPS + later))
-            if coded > 0:
+        if TURN_VALUES and step == FIRST:  # noqa: SIM102 - the compiler decides this one, the program the next
+            if tokens_of(item_tokens + item * STEPS, FIRST, STEPS) > 0:
                 acc = rotated(acc, M, D, rotation_factor(D, 0))
         if n_valid > 0:
             peak, total, acc = attend_step(
@@ -57,8 +63,9 @@ def decode_kernel(
                 K_TIERS[step], V_TIERS[step], H, D, G, P, M, N, DOT, MANTISSA, ASM, CENTER_BLOCKS, False, CAP, True,
             )  # fmt: skip
 
-    if TURN_VALUES:
-        if coded > 0:
+    if TURN_VALUES:  # noqa: SIM102
+        # Asked again: nothing has to be kept in a register meanwhile.
+        if tokens_of(item_tokens + item * STEPS, FIRST, STEPS) > 0:
             acc = rotated(acc, M, D, rotation_factor(D, 1))
     weight = tl.sum(total, axis=1)
     # Rows that saw nothing keep 0 and −inf.
