@@ -147,8 +147,8 @@ def launches(config: Config) -> dict[str, Launch]:
         vector = torch.ones(2, heads, config.head_dim)
         made = Center.of(vector, [range(config.center)] * 2, RotaryTable.of(angle, angle, config.head_dim))
         (center,) = on_one_table([made], "cpu", DTYPES[config.dtype])
-    keys, values = key_transform(config.transform, config.head_dim, scale), key_transform(config.values, config.head_dim)
-    coding = Coding(keys, clip, values, center)
+    keys = key_transform(config.transform, config.head_dim, scale)
+    coding = Coding(keys, clip, key_transform(config.values, config.head_dim), center)
     storage = GroupStorage.allocate(shape, group, superblocks, 8, DTYPES[config.dtype], coding=coding)
     requests, pages, hq = 4, 512, heads * config.gqa
     plan = DevicePlan()

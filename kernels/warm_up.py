@@ -86,7 +86,7 @@ def _small_twin(storage: GroupStorage) -> GroupStorage:
 
 
 def _kinds(coding: Coding, layers: int) -> list[int]:
-    """One layer of each kind that kernels are compiled for: what is done to keys and to values, blocks of the centre."""
+    """One layer of each kind that kernels are compiled for: by both transforms and blocks of the centre."""
     keys, values = coding.key_transform, coding.value_transform
     kinds: dict[tuple[object, ...], int] = {}
     for layer in range(layers):

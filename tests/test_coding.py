@@ -209,11 +209,9 @@ def test_arguments_of_a_centre(style: str) -> None:
         assert read["center_places"] is center.places[layer] and read["rotary"] is center.rotary.values
         assert read["center"].data_ptr() == center.factors[0, layer].data_ptr()  # type: ignore[attr-defined]
         channels = center.rotary.block_channels[center.places[layer]].long().view(n, 2, 8)
-        parts = [
-            sum(q.float()[:, :, channels[:, i]] * center.factors[plane, layer][:, None][:, :, channels[:, i]] for i in (0, 1))
-            for plane in (0, 1)
-        ]  # each [H, M, n, 8]
-        assert torch.equal(torch.stack(parts, -2).flatten(2), coding.center_queries(q, layer))  # type: ignore[arg-type]
+        products = q.float() * center.factors[:, layer, :, None]  # [2, H, M, D]
+        rows = products[..., channels[:, 0]] + products[..., channels[:, 1]]  # [2, H, M, n, 8]
+        assert torch.equal(rows.movedim(0, -2).flatten(2), coding.center_queries(q, layer))  # type: ignore[arg-type]
 
 
 def reference_center(coding: Coding, layer: int, position: int) -> torch.Tensor:

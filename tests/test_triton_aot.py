@@ -125,7 +125,8 @@ def test_the_quantizer_is_not_contracted_or_approximated(
 
     But for a centre: its products are exact, and two of them are added, so there one in each sum may be fused.
     """
-    launch = kernels_aot.launches(Config("copy", 90, finals=finals, transform=transform, clip=clip, center=center))["copy"]
+    config = Config("copy", 90, finals=finals, transform=transform, clip=clip, center=center)
+    launch = kernels_aot.launches(config)["copy"]
     ptx = kernels_aot.compile_launch(launch, 90).asm["ptx"]
     assert "div.rn.f32" in ptx
     assert not any(word in ptx for word in ("div.full", "div.approx", "rcp.", ".ftz"))

@@ -87,9 +87,9 @@ def make_inputs(
     scale = torch.exp2(torch.rand(layers, h, d, generator=gen) * 4 - 2) if transform == Scaled.name else None
     factor = 0.4 + 0.6 * torch.rand(layers, h, generator=torch.Generator().manual_seed(seed + 1)) if clip else None
     centers = None if center is None else random_center(seed, layers, shape, max(kv_lens, default=0), center)
-    keys = key_transform(transform, d, scale) if isinstance(transform, str) else transform
-    values = key_transform(value_transform, d) if isinstance(value_transform, str) else value_transform
-    coding = Coding(keys, factor, values, centers)
+    of_keys = key_transform(transform, d, scale) if isinstance(transform, str) else transform
+    of_values = key_transform(value_transform, d) if isinstance(value_transform, str) else value_transform
+    coding = Coding(of_keys, factor, of_values, centers)
     superblocks = [2 * (n_pages + 1) + len(group.steps)] * len(group.arena_sides)
     if centers is not None:
         coding = replace(coding, center=on_one_table([centers], "cpu", dtype)[0])

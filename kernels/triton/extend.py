@@ -80,7 +80,7 @@ def extend_kernel(
                 K_TIERS[step], V_TIERS[step], H, D, G, P, M, N, DOT, MANTISSA, ASM, CENTER_BLOCKS, True, CAP, False,
             )  # fmt: skip
 
-    if TURN_VALUES:
+    if TURN_VALUES:  # noqa: SIM102 - the compiler decides this one, the program the next
         if coded > 0:
             acc = rotated(acc, M, D, rotation_factor(D, 1))
     result = acc / tl.where(peak == float("-inf"), 1.0, total)[:, None]

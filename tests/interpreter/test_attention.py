@@ -118,8 +118,9 @@ def test_centred_keys_and_rotated_values(index, case):
     more |= {"transform": transform, "value_transform": value_transform}
     group = LayerGroup((0, 1, 2), *finals)
     cap = 50.0 if index == 2 else 0.0
-    check_decode(make_inputs(index, PageShape(p, h, d, g), group, [1, 4 * p - 1, 2 * p], **more), cap)
-    check_extend(make_inputs(index, PageShape(p, h, d, g), group, [p + 3, 3 * p, p], **more), [p, 3 * p - 2, p - 1], cap)
+    shape = PageShape(p, h, d, g)
+    check_decode(make_inputs(index, shape, group, [1, 4 * p - 1, 2 * p], **more), cap)
+    check_extend(make_inputs(index, shape, group, [p + 3, 3 * p, p], **more), [p, 3 * p - 2, p - 1], cap)
 
 
 def test_a_transform_for_each_layer():

@@ -141,7 +141,8 @@ def test_copies_matrix(pair, shape, dtype, finals, clip):
     check_copies(pair, shape, finals, dtype, "scale" if shape[0] == 16 else "none", **more)
     if pair[0] == 16 > pair[1]:
         check_copies(pair, shape, finals, dtype, "hadamard", **more)
-        check_copies(pair, shape, finals, dtype, "hadamard", layers=3, center="neox", value_transform="hadamard", **more)
+        more |= {"layers": 3, "center": "neox", "value_transform": "hadamard"}
+        check_copies(pair, shape, finals, dtype, "hadamard", **more)
 
 
 @pytest.mark.parametrize("finals", [(4, 4), (2, 8)])
