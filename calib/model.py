@@ -153,6 +153,18 @@ class CalibrationModel:
         return tuple(found)
 
     @torch.no_grad()
+    def key_spreads(self) -> tuple[torch.Tensor, ...]:
+        """Energy that the weights give what varies from key to key, fp32 [H] of each layer on the host: Σ (W·g)².
+
+        Over a head's rows and all inputs, g the weight of the layer's norm: normalized inputs have mean square 1.
+        """
+        found = []
+        for layer in self.model.base_model.layers:
+            rows = layer.self_attn.k_proj.weight.float() * layer.input_layernorm.weight.float()
+            found.append(rows.square().sum(1).view(self.kv_heads, -1).sum(1).cpu())
+        return tuple(found)
+
+    @torch.no_grad()
     def layer_inputs(self, sample: Sample) -> tuple[torch.Tensor, ...]:
         """What each layer reads, [1, T, hidden] of layers 0 .. L − 1, then the final hidden states."""
         out = self.model.base_model(self._tokens(sample), use_cache=False, output_hidden_states=True)

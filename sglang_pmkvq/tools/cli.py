@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
+    _add_check(commands)
     _add_calibrate(commands)
 
     inspect = commands.add_parser("inspect", help="a calibration file as a table and a picture")
@@ -94,6 +95,44 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--pool-bytes", metavar="SIZE", help="default: 16-bit KV of little more than one example problem")
     demo.set_defaults(run=_serve_demo)
     return parser
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="will this model survive a quantized KV cache, and with which flags",
+        description="Runs the model without a server, every old page at its final width, and compares with 16 bits: "
+        "divergence, share of positions whose likeliest token stays, perplexity, and the layers that suffer most. Exit "
+        "code 1 if that share is below --min-top1 for the width asked for, else for the server's default width.",
+    )
+    parser.add_argument("model", help="folder or name that transformers loads")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--final-bits", help="as --pmkvq-final-bits (default: 8, 4, k4v2 and 2, one after the other)")
+    what.add_argument("--calibration", metavar="FILE", help="written by pmkvq calibrate")
+    data = "text, .jsonl or .parquet, as pmkvq calibrate takes it (default: English prose that every Python carries)"
+    parser.add_argument("--data", metavar="FILE", help=data)
+    parser.add_argument("--samples", type=int, default=2, help="texts to compare (default: 2)")
+    parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a text (default: 1024)")
+    parser.add_argument("--min-top1", type=float, default=0.97, help="least share of likeliest tokens that stay")
+    parser.add_argument("--key-transform", default="auto", choices=["auto", "none", "hadamard"])
+    parser.add_argument("--key-center", default="auto", choices=["auto", "bias", "none"])
+    parser.add_argument("--group-size", type=int, choices=[32, 64, 128])
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    parser.add_argument("--out", metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="also draw them")
+    parser.set_defaults(run=_check)
+
+
+def _check(args: argparse.Namespace, extra: list[str]) -> int:
+    from pathlib import Path
+
+    from sglang_pmkvq.tools.check import Settings, run
+
+    fields = ("model", "final_bits", "calibration", "data", "samples", "seq_len", "min_top1", "key_transform",
+              "key_center", "group_size", "device", "dtype")  # fmt: skip
+    settings = Settings(**{name: getattr(args, name) for name in fields})
+    return run(settings, *(None if path is None else Path(path) for path in (args.out, args.plot)))
 
 
 def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
