@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make setup      .venv with pinned versions and this project (Python 3.11)"
-	@echo "make serve      server on 127.0.0.1:$(PORT) with the bundled model; prints requests to paste"
+	@echo "make serve      server on 127.0.0.1:$(PORT) with the bundled model or MODEL=smollm2-135m; prints requests"
 	@echo "make check      ruff, mypy, CPU unit tests"
 	@echo "make test       the suite with real servers"
 	@echo "make test-full  the suite with the very long tests"
@@ -40,7 +40,7 @@ setup: $(STAMP)
 
 # exec: a Ctrl-C or a SIGTERM reaches the demo, which ends the server in good order.
 serve: $(STAMP)
-	@exec .venv/bin/pmkvq serve-demo --port $(PORT) $(SERVE_ARGS)
+	@exec .venv/bin/pmkvq serve-demo --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(SERVE_ARGS)
 
 lint: $(STAMP)
 	.venv/bin/ruff check .

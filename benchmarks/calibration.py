@@ -127,6 +127,7 @@ def calibration_file(variant: Variant, seed: int, options: argparse.Namespace) -
                 samples=o.samples,
                 kl_samples=o.kl_samples,
                 transform=variant.transform,
+                center="none",
                 clip=variant.clip,
                 sensitivity=variant.sensitivity,
                 seed=seed,

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.harness.stats import mean_error
 from benchmarks.harness.tasks import chat_ids
 from benchmarks.reasoner import task
-from benchmarks.reasoner.evaluate import K, Quantizer, forward
+from benchmarks.reasoner.evaluate import Quantizer, forward
 from benchmarks.reasoner.model import Llama
 from sglang_pmkvq import artifact
 from sglang_pmkvq.kernels.coding import Coding
@@ -30,7 +30,7 @@ WINDOW = 128
 
 
 def coding_of(c: artifact.Calibration) -> Coding:
-    """What a calibration does to the keys of all layers and heads."""
+    """What a calibration does to the keys and values of all layers and heads."""
     return Coding.from_calibration(c, range(c.num_layers), slice(None))
 
 
@@ -41,7 +41,7 @@ class Widths(Quantizer):
     Attributes:
         finals: (K, V) bits per layer.
         group_size: channels that share one scale and zero.
-        coding: how the keys of all layers become codes.
+        coding: how the keys and values of all layers become codes.
         window: recent tokens that are read at 16 bits.
     """
 
@@ -58,8 +58,7 @@ class Widths(Quantizer):
         return max(0, tokens - self.window), max(0, tokens - self.window)
 
     def low(self, layer: int, side: int, x: Tensor) -> Tensor:
-        coding = self.coding.pick(layer) if side == K else None
-        return fake_quantize(x, self.finals[layer][side], self.group_size, coding)
+        return fake_quantize(x, self.finals[layer][side], self.group_size, self.coding.pick(layer), side)
 
 
 def logits(model: Llama, tokens: Tensor, widths: Quantizer, first: int) -> Tensor:

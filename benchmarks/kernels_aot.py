@@ -31,6 +31,7 @@ from sglang_pmkvq.kernels.device_pages import copy_launch, store_launch, table_l
 from sglang_pmkvq.kernels.device_plan import plan_launches
 from sglang_pmkvq.kernels.launch import Launch, interpreted
 from sglang_pmkvq.kernels.reference.inputs import copies
+from sglang_pmkvq.kernels.rotary import Center, RotaryTable, on_one_table
 from sglang_pmkvq.kernels.storage import GroupStorage
 
 RESULTS = Path(__file__).parent / "results" / "kernels_aot.json"
@@ -56,10 +57,13 @@ class Config:
     transform: str = "none"
     clip: bool = False
     logit_cap: bool = False
+    center: int = 0  # blocks of rotary pairs
+    values: str = "none"  # their transform
 
     @property
     def name(self) -> str:
         flags = f"-{self.transform}" * (self.transform != "none") + "-clip" * self.clip + "-cap" * self.logit_cap
+        flags += f"-center{self.center}" * (self.center > 0) + f"-v{self.values}" * (self.values != "none")
         return (
             f"{self.kernel}-sm{self.arch}-{self.dtype}-d{self.head_dim}g{self.group_size}p{self.page_size}"
             f"-k{self.finals[0]}v{self.finals[1]}-gqa{self.gqa}{flags}"
@@ -99,6 +103,15 @@ def configs() -> Iterator[Config]:
         yield Config("copy", arch, "fp16", finals=(8, 8))
         yield Config("copy", arch, group_size=32, transform="scale")
         yield from (Config(kernel, arch) for kernel in SMALL)
+        for blocks in (1, 2):
+            yield Config("decode", arch, transform="hadamard", center=blocks)
+        yield Config("decode", arch, finals=(2, 2), transform="hadamard", clip=True, center=4, values="hadamard")
+        yield Config("decode", arch, "fp16", center=4)
+        yield Config("decode", arch, head_dim=256, center=2, values="hadamard")
+        yield Config("extend", arch, transform="hadamard", center=2, values="hadamard")
+        yield Config("copy", arch, "fp16", finals=(2, 4), center=1, values="hadamard")
+        yield Config("copy", arch, finals=(2, 2), transform="hadamard", clip=True, center=4, values="hadamard")
+        yield Config("count", arch, center=1)
 
 
 def sample() -> Iterator[Config]:
@@ -115,6 +128,9 @@ def sample() -> Iterator[Config]:
         yield Config("copy", arch, finals=(2, 2), transform="hadamard")
     yield Config("decode", 90, finals=(2, 2), transform="scale", clip=True)
     yield Config("decode", 90, finals=(2, 2), transform="hadamard", clip=True)
+    yield Config("decode", 90, finals=(2, 2), transform="hadamard", clip=True, center=4, values="hadamard")
+    yield Config("copy", 90, finals=(2, 2), transform="hadamard", clip=True, center=4, values="hadamard")
+    yield Config("count", 90, center=1)
 
 
 def launches(config: Config) -> dict[str, Launch]:
@@ -125,7 +141,14 @@ def launches(config: Config) -> dict[str, Launch]:
     scale = torch.ones(2, heads, config.head_dim) if config.transform == "scale" else None
     clip = torch.full((2, heads), 0.6) if config.clip else None
     superblocks = [4] * len(group.arena_sides)
-    coding = Coding(key_transform(config.transform, config.head_dim, scale), clip)
+    center = None
+    if config.center:
+        angle = torch.zeros(64, config.head_dim // 2)
+        vector = torch.ones(2, heads, config.head_dim)
+        made = Center.of(vector, [range(config.center)] * 2, RotaryTable.of(angle, angle, config.head_dim))
+        (center,) = on_one_table([made], "cpu", DTYPES[config.dtype])
+    keys = key_transform(config.transform, config.head_dim, scale)
+    coding = Coding(keys, clip, key_transform(config.values, config.head_dim), center)
     storage = GroupStorage.allocate(shape, group, superblocks, 8, DTYPES[config.dtype], coding=coding)
     requests, pages, hq = 4, 512, heads * config.gqa
     plan = DevicePlan()

@@ -1,10 +1,13 @@
 """Divergence of a server's next-token distributions from those of a 16-bit server, on the same tokens, over length.
 
     pmkvq bench kld --methods 16bit,age-4,age-2,static-2 --share 0.22 --problems 24
+    pmkvq bench kld --model MODEL --text opticks --tokens 1024 --methods 16bit,static-2,kivi-2 --share 1 --problems 4
 
 A stock 16-bit server answers the prompts greedily (or a file gives the answers: ``--data``). Then it, and each method's
-server, is made to write these tokens through its decode path, and all log-probabilities are recorded. Row ``16bit`` is
-the control: the 16-bit server against itself, the requests in reverse order. Records of the 16-bit server stay in
+server, is made to write these tokens through its decode path, and all log-probabilities are recorded. ``--text`` forces
+pieces of a text instead, behind ``--prompt-tokens`` of each. Row ``16bit`` is the control: the 16-bit server against
+itself, the requests in reverse order. ``kivi-4`` and ``kivi-2`` (offline, against 16 bits of the same plain PyTorch)
+force the same tokens. Records of the 16-bit server stay in
 ``--work``, so that a run that was killed, or one with further methods, goes on; remove the folder afterwards.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer
 
 from benchmarks import logit_record
@@ -32,8 +37,14 @@ from benchmarks.harness.results import Key, Result, Results, markdown, measured,
 from benchmarks.harness.servers import Server, Unmeasurable, generate_many, greedy
 from benchmarks.harness.stats import mean_error
 from benchmarks.harness.tasks import builtin, chat_ids, read_jsonl
+from benchmarks.harness.texts import pieces
+from benchmarks.offline import memory, parse_method
+from benchmarks.reasoner.evaluate import forward
+from benchmarks.reasoner.evaluate import load as load_model
 
 SIXTEEN = Method.parse("16bit")
+# Of a piece of a text, and those of its beginning that are not forced.
+TOKENS, PROMPT_TOKENS = 768, 160
 
 
 # -- arithmetic ----------------------------------------------------------------------------------------------
@@ -213,6 +224,12 @@ def load(options: argparse.Namespace) -> Run:
     """
     model_facts(options.model)  # a wrong path is said here, before anybody looks for it elsewhere
     tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if options.text:
+        size, n = options.tokens or TOKENS, options.prompt_tokens or PROMPT_TOKENS
+        if options.data or n >= size:
+            raise ValueError("--text takes no --data, and more --tokens than --prompt-tokens")
+        found = pieces(tokenizer, options.text, options.problems, size, options.first)
+        return Run(options, [piece[:n] for piece in found], [piece[n:] for piece in found], size)
     if options.data is None:
         items = builtin(options.problems, options.lines, options.first)
         limit = max(item.max_tokens or 0 for item in items) + 64
@@ -250,9 +267,43 @@ def measure(run: Run, method: Method, budget: int) -> dict[str, Any]:
         return found
 
 
+@torch.no_grad()
+def offline(run: Run, keys: Sequence[Key]) -> Iterator[dict[str, Any]]:
+    """Values of KIVI's rows: plain PyTorch against itself at 16 bits, weights in fp32, on the same tokens.
+
+    Raises:
+        Unmeasurable: plain PyTorch does not know the model.
+    """
+    try:
+        model = load_model(run.options.model)
+    except (OSError, ValueError) as error:
+        raise Unmeasurable(str(error)) from error
+    sixteen, *kivi = (parse_method(name, model.config)[0] for name in ("16bit", *(key["method"] for key in keys)))
+    found: list[list[Compared]] = [[] for _ in kivi]
+    for prompt, answer in zip(run.prompts, run.tokens, strict=True):
+        tokens, first = torch.tensor([*prompt, *answer[:-1]]), len(prompt) - 1
+        exact, *states = (forward(model, tokens, q, len(prompt))[first:].split(64) for q in (sixteen, *kivi))
+        for parts, own in zip(states, found, strict=True):
+            compared = [agreement(model.lm_head(x), model.lm_head(y)) for x, y in zip(exact, parts, strict=True)]
+            kl, agree = (torch.cat(values).numpy() for values in zip(*compared, strict=True))
+            own.append(Compared(len(prompt) + np.arange(len(answer)), kl.astype(np.float64), agree))
+    spans = [(len(p), len(t)) for p, t in zip(run.prompts, run.tokens, strict=True)]
+    for quantizer, own in zip(kivi, found, strict=True):
+        bits = memory(quantizer, spans, run.concurrency)["effective_bits_avg"]
+        yield {**summary(own, run.options.bin), "tokens_sha256": run.digest, "effective_bits_avg": bits}
+
+
+def agreement(exact: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(exact ‖ other) in nats of logits [n, vocabulary], and whether the best token is the same; each [n]."""
+    p, q = exact.log_softmax(-1), other.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
+
+
 def plan(options: argparse.Namespace, results: Results) -> Iterator[Job]:
     """The control, if it is wanted, then a row per budget and method; sizes are known when the answers are."""
-    chosen = methods.methods(options.methods)
+    listed = methods.names(options.methods)
+    kivi = [name for name in listed if re.fullmatch("kivi-[248]", name)]
+    chosen = [Method.parse(name) for name in listed if name not in kivi]
     run = load(options)
     bounded = [m for m in chosen if not m.unbounded]
     if bounded:
@@ -270,6 +321,7 @@ def plan(options: argparse.Namespace, results: Results) -> Iterator[Job]:
         for budget in experiment.budgets(options, held) if bounded else []:
             for m in bounded:
                 yield Job.row(key(m, budget), partial(measure, run, m, budget), f"{m.name}, {mib(budget)} MiB")
+        yield Job([{**key(SIXTEEN, None), "method": name} for name in kivi], partial(offline, run), "KIVI")
 
     return jobs()
 
@@ -324,6 +376,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     experiment.server_arguments(parser, chunk=256)
     experiment.problem_arguments(parser, 24)
     parser.add_argument("--data", type=Path, help='JSON lines with "prompt" and perhaps "answer", instead of the task')
+    told = "opticks, a text file, or GSM8K's lines: pieces of it are forced, instead of the task"
+    parser.add_argument("--text", help=told)
+    parser.add_argument("--tokens", type=experiment.positive, help=f"of a piece of --text, default {TOKENS}")
+    told = f"of a piece that are its prompt, default {PROMPT_TOKENS}: sinks, window, and a page that is old"
+    parser.add_argument("--prompt-tokens", type=experiment.positive, help=told)
     experiment.budgets_arguments(parser)
     experiment.numbers(
         parser,

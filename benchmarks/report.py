@@ -69,7 +69,7 @@ class Kind:
 # A point of a divergence curve says little where fewer positions are behind it.
 LEAST_POSITIONS = 100
 # How the marker of a series is filled, by what stands behind the comma of its name.
-FILLS = {"calibrated": "none", "rotated": "bottom"}
+FILLS = {"calibrated": "none", "rotated": "bottom", "plain": "top", "centre": "left"}
 
 
 def family(method: str) -> str:
@@ -77,10 +77,12 @@ def family(method: str) -> str:
     policy = method.partition("-")[0]
     if policy == "kivi":
         return "KIVI, offline"
-    if method.endswith(".safetensors"):
+    if ".safetensors" in method:
         return f"{policy}, calibrated"
-    if "-hadamard" in method:
+    if method.endswith(("-hadamard", "/hadamard")):
         return f"{policy}, rotated"
+    if "/" in method:
+        return f"{policy}, {method.partition('/')[2]}"
     return method if method in ("16bit", "stock", "stock-fp8") else policy
 
 
@@ -110,12 +112,19 @@ def _points(result: Result, only: str = "") -> list[Row]:
     return points
 
 
+def _task(result: Result) -> tuple[str, str]:
+    """Model and task of right answers."""
+    config = result.get("config", {})
+    return config.get("model", ""), config.get("task", "builtin")
+
+
 def _frontier(stem: str, result: Result, others: Sequence[Result]) -> list[Picture]:
     """Accuracy over bits: of the bytes at their peak, and of the mean over the run; KIVI from the offline files."""
     points = _points(result)
-    if len({point["family"] for point in points}) < 3:  # no frontier
+    if len({point["family"] for point in points}) < 3 or any("parts" in row for row in measured(result)):  # no frontier
         return []
-    points += [point for other in others if other["benchmark"] == "offline" for point in _points(other, "kivi")]
+    alike = [other for other in others if other["benchmark"] == "offline" and _task(other) == _task(result)]
+    points += [point for other in alike for point in _points(other, "kivi")]
     figure, (left, right) = new_figure(9.5, 4.4, 2, sharey=True)
     names = sorted(dict.fromkeys(p["family"] for p in points))
     kinds = list(dict.fromkeys(name.partition(", ")[0] for name in names))
@@ -194,8 +203,10 @@ def _hits(stem: str, result: Result, others: Sequence[Result]) -> list[Picture]:
 def _by_pool(result: Result) -> str:
     """A table per pool size, smallest first, each against its own static method of one width; 16 bits in the first.
 
-    Stock first, then policy by policy, the best of each first.
+    Stock first, then policy by policy, the best of each first. Tasks of real models have one table, against 16 bits.
     """
+    if result.get("config", {}).get("task") in accuracy.TASKS:
+        return accuracy.rows_table({"baseline": "16bit", **result})
     order = ("16bit", "stock", "stock-fp8", "age", "uniform", "static")
 
     def place(row: Row) -> tuple[int, int]:

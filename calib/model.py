@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from sglang_pmkvq.calib.corpus import Sample
 from sglang_pmkvq.calib.positions import NATURAL, stretched_positions
+from sglang_pmkvq.kernels.rotary import RotaryTable
 
 SEAM = "pmkvq_calibration"
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -122,10 +123,46 @@ class CalibrationModel:
     @torch.no_grad()
     def angles(self, length: int, effective_len: int = NATURAL) -> torch.Tensor:
         """Cosine and sine of norm 1, fp32 [2, length, D], of stretched positions, by the model's own embedding."""
-        rotary = self.model.base_model.rotary_emb
+        return self._cos_sin(length, effective_len) / self.model.base_model.rotary_emb.attention_scaling
+
+    def rotary(self, length: int, effective_len: int = NATURAL) -> RotaryTable:
+        """What the tokens of a sample are turned by, row i for token i at its stretched position; on the host.
+
+        The model's own cosines and sines, magnitude (YaRN) included, so natural rows are its rotary table. The
+        architectures here pair channels (j, j + D/2).
+        """
+        cos, sin = self._cos_sin(length, effective_len).cpu()
+        half = cos.shape[1] // 2
+        return RotaryTable.of(cos[:, :half], sin[:, :half], self.head_dim)
+
+    def _cos_sin(self, length: int, effective_len: int) -> torch.Tensor:
         positions = stretched_positions(length, effective_len, self.device)[None]
-        cos, sin = rotary(torch.zeros(1, dtype=torch.float32, device=self.device), positions)
-        return torch.stack((cos[0], sin[0])) / rotary.attention_scaling
+        zero = torch.zeros(1, dtype=torch.float32, device=self.device)
+        return torch.stack(self.model.base_model.rotary_emb(zero, positions))[:, 0]
+
+    def key_biases(self) -> tuple[torch.Tensor | None, ...]:
+        """What each layer adds to all keys before they are turned, fp32 [H, D] on the host; None where nothing is.
+
+        A norm of keys takes the bias apart, so that is nothing either.
+        """
+        found: list[torch.Tensor | None] = []
+        for layer in self.model.base_model.layers:
+            attention = layer.self_attn
+            bias = None if getattr(attention, "k_norm", None) is not None else attention.k_proj.bias
+            found.append(None if bias is None else bias.detach().float().cpu().view(self.kv_heads, self.head_dim))
+        return tuple(found)
+
+    @torch.no_grad()
+    def key_spreads(self) -> tuple[torch.Tensor, ...]:
+        """Energy that the weights give what varies from key to key, fp32 [H] of each layer on the host: Σ (W·g)².
+
+        Over a head's rows and all inputs, g the weight of the layer's norm: normalized inputs have mean square 1.
+        """
+        found = []
+        for layer in self.model.base_model.layers:
+            rows = layer.self_attn.k_proj.weight.float() * layer.input_layernorm.weight.float()
+            found.append(rows.square().sum(1).view(self.kv_heads, -1).sum(1).cpu())
+        return tuple(found)
 
     @torch.no_grad()
     def layer_inputs(self, sample: Sample) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,8 @@
-"""``pmkvq calibrate``: corpus → key ranges → α → sensitivity → allocation → α at the final widths → file."""
+"""``pmkvq calibrate``: corpus → ranges and means → errors of codings → sensitivity → allocation → file.
+
+The error of a layer's own output at a width does not depend on what other layers do, so one measurement of all
+candidates at all widths serves the sensitivities and the final choice.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +21,20 @@ import numpy as np
 import torch
 
 from sglang_pmkvq import artifact
-from sglang_pmkvq.calib import allocate, positions, reparam, sensitivity
+from sglang_pmkvq.calib import allocate, candidates, positions, reparam, sensitivity
+from sglang_pmkvq.calib.candidates import AUTO, CENTER_ORDER, TRANSFORM_ORDER, Keys, Search, asked
+from sglang_pmkvq.calib.centers import KeyCenter, key_centers, mean_state
 from sglang_pmkvq.calib.corpus import Corpus, load_corpus
 from sglang_pmkvq.calib.model import CalibrationModel
 from sglang_pmkvq.calib.sweep import State, Workspace, sweep
-from sglang_pmkvq.formats import GROUP_SIZES, KEY_TRANSFORMS
-from sglang_pmkvq.kernels.coding import Coding, Transform, key_transform
+from sglang_pmkvq.formats import GROUP_SIZES, ROTARY_PAIRS, K, V
+from sglang_pmkvq.kernels.coding import Coding
+from sglang_pmkvq.kernels.rotary import Center, RotaryTable
 
 # The error of a layer's own output settles within a few samples.
 SEARCH_SAMPLES = 16
+# Of what partial results hold: those of other versions are not taken up.
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,8 @@ class Settings:
         widths: final widths to choose from.
         group_size: G, or None for min(head_dim, 128).
         max_groups: bound on layer groups.
-        transform: of keys: ``scale``, ``hadamard`` or ``none``.
+        transform: of keys: ``scale``, ``hadamard`` or ``none``; ``auto`` chooses by error, layer by layer.
+        center: of keys: ``bias``, ``mean`` or ``none``; ``auto`` likewise.
         clip: choose the share of their range that 2-bit codes of keys span by error; otherwise they span all of it.
         sensitivity: ``taylor`` or ``kl``, what allocation minimizes.
         kl_samples: samples for the measured sensitivity; 0 leaves it out.
@@ -57,7 +68,8 @@ class Settings:
     widths: tuple[int, ...] = (2, 4, 8)
     group_size: int | None = None
     max_groups: int = 4
-    transform: str = "hadamard"
+    transform: str = AUTO
+    center: str = AUTO
     clip: bool = True
     sensitivity: str = "kl"
     kl_samples: int = 8
@@ -70,10 +82,11 @@ class Settings:
         if self.transform == "rotation":
             raise ValueError(
                 "--transform rotation: rotations fitted to a covariance did not help where measured "
-                "(docs/calibration.md); use scale, hadamard or none"
+                "(docs/calibration.md); use auto, scale, hadamard or none"
             )
         for flag, value, allowed in (
-            ("transform", self.transform, KEY_TRANSFORMS),
+            ("transform", self.transform, (AUTO, *TRANSFORM_ORDER)),
+            ("center", self.center, (AUTO, *CENTER_ORDER)),
             ("sensitivity", self.sensitivity, ("taylor", "kl")),
             ("interpolation", self.interpolation, positions.MODES),
         ):
@@ -122,27 +135,26 @@ def calibrate(
     folder = work or out.with_name(out.name + ".work")
     run = _Run(settings, model, corpus, lens, group_size, Workspace(folder, _key(settings, corpus)), quiet)
     ranges = run.ranges()
-    scales = run.scales_per_width(ranges)
-    clips = run.clips("clips", "2/4 clip factors", range(model.layers), None if scales is None else scales[-1])
-    sums = run.sensitivities(scales, clips)
+    search = run.search(ranges)
+    errors = run.errors(search)
+    sums = run.sensitivities([run.chosen(search, errors, [(bits, bits)] * model.layers) for bits in sensitivity.WIDTHS])
     chosen = sums[settings.sensitivity]
     allocation, free = allocate.allocate_both(
         sensitivity.at_widths(chosen, settings.widths), settings.widths, costs, budget, settings.max_groups
     )
-    tensors = {"key_max": ranges.numpy(), **sums}
-    alphas, scale = None, None
-    if settings.transform == "scale":
-        alphas, scale = run.final_scales(ranges, allocation.finals, clips)
-        tensors["key_scale"] = scale.numpy()
-    low = [layer for layer, (k_bits, _) in enumerate(allocation.finals) if k_bits == 2]
-    clips = run.clips(f"final-clips-{_short(allocation.finals)}", "4/4 clip factors", low, scale)
-    if clips is not None:
-        tensors["key_clip"] = clips.numpy()
+    keys, value_transforms = run.chosen(search, errors, allocation.finals)
+    tensors = {
+        "key_max": ranges["key_max"].amax((0, 1)).numpy(),
+        **sums,
+        **keys.tensors(allocation.finals, settings.clip),
+    }
     report: dict[str, Any] = {
         "widths": list(sensitivity.WIDTHS),
         "budget_bytes_per_token": budget,
         "settings": asdict(settings),
-        "alphas": None if alphas is None else [[round(a, 4) for a in layer] for layer in alphas.tolist()],
+        "alphas": list(keys.alphas),
+        "center_pairs": [ROTARY_PAIRS * len(blocks) for blocks in keys.blocks],
+        "key_errors": list(keys.errors),
         "rank_correlation": sensitivity.rank_correlation(sums["taylor"], sums["kl"]) if "kl" in sums else None,
         "device": model.device.type,
         "dtype": str(model.model.dtype).removeprefix("torch."),
@@ -159,7 +171,9 @@ def calibrate(
         head_dim=model.head_dim,
         group_size=group_size,
         finals=allocation.finals,
-        transform=settings.transform,
+        transforms=keys.transforms,
+        centers=keys.centers,
+        value_transforms=value_transforms,
         effective_lens=lens,
         widths=settings.widths,
         sensitivity=settings.sensitivity,
@@ -185,83 +199,103 @@ class _Run:
     workspace: Workspace
     quiet: bool
 
-    def transform(self, scale: torch.Tensor | None) -> Transform:
-        """What is done to keys, with key scales fp32 [L, H, D] where that needs them."""
-        return key_transform(self.settings.transform, self.model.head_dim, scale)
-
     def _sweep(self, name: str, label: str, count: int, state: State, step: Any) -> State:
         samples = self.corpus.samples
         return sweep(
             self.workspace, name, count, state, lambda i, s: step(samples[i], s), label=label, quiet=self.quiet
         )
 
-    def ranges(self) -> torch.Tensor:
-        """max|K| fp32 [L, H, D] over natural and stretched samples."""
-        state = self._sweep(
-            "ranges",
-            "1/4 key ranges",
-            len(self.corpus.samples),
-            reparam.range_state(self.model, self.lens),
-            lambda sample, s: reparam.observe_ranges(self.model, sample, self.lens, s, self.settings.interpolation),
-        )
-        return state["key_max"].amax(0)
+    def _search_sweep(self, name: str, label: str, state: State, step: Any) -> State:
+        return self._sweep(name, label, min(SEARCH_SAMPLES, len(self.corpus.samples)), state, step)
 
-    def _alpha_errors(
-        self,
-        name: str,
-        label: str,
-        key_max: torch.Tensor,
-        pairs: list[list[tuple[int, int]]],
-        clips: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        model = self.model
-        error = torch.zeros(model.layers, model.kv_heads, len(pairs[0]), len(reparam.ALPHAS), dtype=torch.float64)
-        state = self._sweep(
+    @cached_property
+    def rotary(self) -> RotaryTable:
+        """Long enough for every sample, on the host."""
+        return self.model.rotary(max(len(sample.tokens) for sample in self.corpus.samples))
+
+    def _ranges(self, name: str, label: str, centers: Sequence[Center | None], state: State) -> State:
+        model, lens, mode = self.model, self.lens, self.settings.interpolation
+        return self._sweep(
             name,
             label,
-            min(SEARCH_SAMPLES, len(self.corpus.samples)),
-            {"error": error},
-            lambda sample, s: reparam.observe_alphas(model, sample, key_max, pairs, self.group_size, clips, s),
+            len(self.corpus.samples),
+            {**reparam.range_state(model, lens, len(centers)), **state},
+            lambda sample, s: reparam.observe_ranges(model, sample, lens, s, mode, centers),
         )
-        return state["error"]
 
-    def clips(
-        self, name: str, label: str, layers: Sequence[int], scales: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Clip factors fp32 [L, H] of least error of 2-bit keys, 1 in other layers; None if unwanted or none is left.
+    def ranges(self) -> State:
+        """max|K| of keys as they are over natural and stretched samples, and what their means are made of."""
+        model = self.model
+        return self._ranges(
+            "ranges", "1/4 key ranges, means", [None], mean_state(model.layers, model.kv_heads, model.head_dim)
+        )
+
+    def search(self, ranges: State) -> Search:
+        """Centres from the sums of ``ranges``, and the best scales around each where keys may be scaled."""
+        model, settings = self.model, self.settings
+        transforms = asked(settings.transform, TRANSFORM_ORDER)
+        centers = asked(settings.center, CENTER_ORDER)
+        fitted: dict[str, KeyCenter] = key_centers(centers, model.key_biases(), ranges, self.rotary)
+        if settings.center == "bias" and not fitted:
+            raise ValueError("--center bias: the keys of this model have no bias; use mean, none or auto")
+        fitted = {name: replace(one, center=one.center.on(model.device)) for name, one in fitted.items()}
+        if "scale" not in transforms:
+            return Search(transforms, centers, fitted, {}, {}, model.head_dim)
+        around: list[Center | None] = [None, *(one.center for one in fitted.values())]
+        key_max = ranges["key_max"].amax(1)
+        if fitted:
+            more = self._ranges("centred-ranges", "2/4 ranges around centres", around[1:], {})
+            key_max = torch.cat((key_max, more["key_max"].amax(1)))
+        shape = (len(around), model.layers, model.kv_heads, len(sensitivity.WIDTHS), len(reparam.ALPHAS))
+        state = self._search_sweep(
+            "alphas",
+            "2/4 scales per width",
+            {"error": torch.zeros(shape, dtype=torch.float64)},
+            lambda sample, s: reparam.observe_alphas(model, sample, key_max, around, self.group_size, s),
+        )
+        alpha = reparam.best_alphas(state["error"])  # [C, L, H, widths]
+        scales = [
+            torch.stack([reparam.key_scales(maxima, own[..., place, None]) for place in range(own.shape[-1])])
+            for maxima, own in zip(key_max, alpha, strict=True)
+        ]
+        names = ("none", *fitted)
+        return Search(
+            transforms,
+            centers,
+            fitted,
+            dict(zip(names, scales, strict=True)),
+            dict(zip(names, alpha, strict=True)),
+            model.head_dim,
+        )
+
+    def errors(self, search: Search) -> State:
+        """Errors of the attention output by all that may be done to keys and to values, at every width."""
+        model, clip = self.model, self.settings.clip
+        keys = [search.codings(layer, model.device) for layer in range(model.layers)]
+        return self._search_sweep(
+            "codings",
+            "2/4 transforms, centres, clip",
+            reparam.error_state(model, len(search.candidates)),
+            lambda sample, s: reparam.observe_codings(model, sample, keys, clip, self.group_size, s),
+        )
+
+    def chosen(
+        self, search: Search, errors: State, widths: Sequence[tuple[int, int]]
+    ) -> tuple[Keys, tuple[str, ...]]:
+        """What measured best for keys and for values of each layer at its (K, V) widths."""
+        places = [
+            [None if pair[side] == 16 else sensitivity.WIDTHS.index(pair[side]) for pair in widths] for side in (K, V)
+        ]
+        return search.chosen(errors, places[K]), candidates.chosen_values(errors, places[V])
+
+    def sensitivities(self, best: Sequence[tuple[Keys, tuple[str, ...]]]) -> dict[str, np.ndarray]:
+        """``taylor`` and, where asked for, ``kl``: float64 [L, 2, widths], per target token.
 
         Args:
-            name: of the partial results; must tell key scales and widths apart.
-            scales: key scales fp32 [L, H, D], or None.
+            best: what is done to keys and values at each width.
         """
-        model = self.model
-        if not (self.settings.clip and layers):
-            return None
-        error = torch.zeros(model.layers, model.kv_heads, len(reparam.CLIPS), dtype=torch.float64)
-        state = self._sweep(
-            name,
-            label,
-            min(SEARCH_SAMPLES, len(self.corpus.samples)),
-            {"error": error},
-            lambda sample, s: reparam.observe_clips(
-                model, sample, layers, self.transform(scales), self.group_size, s
-            ),
-        )
-        return reparam.best_clips(state["error"])
-
-    def scales_per_width(self, key_max: torch.Tensor) -> torch.Tensor | None:
-        """Best scales fp32 [widths, L, H, D] of K at each width, V exact; None where keys are not scaled."""
-        if self.settings.transform != "scale":
-            return None
-        pairs = [[(bits, 16) for bits in sensitivity.WIDTHS]] * self.model.layers
-        alpha = reparam.best_alphas(self._alpha_errors("alphas", "2/4 scales per width", key_max, pairs))
-        return torch.stack([reparam.key_scales(key_max, alpha[..., i, None]) for i in range(len(sensitivity.WIDTHS))])
-
-    def sensitivities(self, scales: torch.Tensor | None, clips: torch.Tensor | None) -> dict[str, np.ndarray]:
-        """``taylor`` and, where asked for, ``kl``: float64 [L, 2, widths], per target token."""
         model, samples = self.model, self.corpus.samples
-        places = range(len(sensitivity.WIDTHS))
-        codings = [Coding(self.transform(None if scales is None else scales[place]), clips) for place in places]
+        codings: list[Coding] = [keys.coding(values, self.rotary).on(model.device) for keys, values in best]
         state = self._sweep(
             "taylor",
             "3/4 sensitivity, Taylor",
@@ -275,30 +309,13 @@ class _Run:
             kl = {"kl": torch.zeros_like(state["taylor"])}
             kl = self._sweep(
                 "kl",
-                "3/4 sensitivity, measured",
+                "4/4 sensitivity, measured",
                 count,
                 kl,
                 lambda sample, s: sensitivity.observe_kl(model, sample, codings, self.group_size, s),
             )
             out["kl"] = (kl["kl"] / count).clamp_min(0.0).numpy()
         return out
-
-    def final_scales(
-        self, key_max: torch.Tensor, finals: tuple[tuple[int, int], ...], clips: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """α float64 [L, H] and scales fp32 [L, H, D] by the error at the widths that each layer really has."""
-        name, pairs = "final-" + _short(finals), [[pair] for pair in finals]
-        error = self._alpha_errors(name, "4/4 scales at the final widths", key_max, pairs, clips)
-        alpha = reparam.best_alphas(error[:, :, 0])
-        for layer, (k_bits, _) in enumerate(finals):
-            if k_bits == 16:
-                alpha[layer] = 0.0
-        return alpha, reparam.key_scales(key_max, alpha[..., None])
-
-
-def _short(finals: tuple[tuple[int, int], ...]) -> str:
-    """Digest of the widths, for names: partial results of another allocation must not be taken up."""
-    return hashlib.sha256(repr(finals).encode()).hexdigest()[:8]
 
 
 def load_tokenizer(model: str) -> Any:
@@ -325,6 +342,7 @@ def _key(settings: Settings, corpus: Corpus) -> str:
     """What partial results depend on: everything but the target, so another target reuses them."""
     free = {"target", "max_groups", "widths", "sensitivity", "samples"}
     parts = {k: v for k, v in asdict(settings).items() if k not in free} | {
+        "version": STATE_VERSION,
         "corpus": corpus.sha256,
         "weights": artifact.weights_digest(settings.model),
     }

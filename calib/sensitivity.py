@@ -42,7 +42,7 @@ def observe_taylor(
     """Add one sample's Taylor terms (paper eq. 5). Divide by ``targets`` for the change of the mean loss.
 
     Args:
-        codings: how K of all layers becomes codes, at each of ``WIDTHS``.
+        codings: how K and V of all layers become codes, at each of ``WIDTHS``; on the model's device.
     """
 
     def observer(
@@ -56,8 +56,7 @@ def observe_taylor(
     def add(layer: int, side: int, x: torch.Tensor, grad: torch.Tensor) -> None:
         exact = x.float()
         for place, bits in enumerate(WIDTHS):
-            coding = codings[place].on(x.device).pick(layer) if side == K else None
-            error = exact - fake_quantize(exact, bits, group_size, coding)
+            error = exact - fake_quantize(exact, bits, group_size, codings[place].pick(layer), side)
             state["taylor"][layer, side, place] += (grad.float() * error).abs().sum(dtype=torch.float64).cpu()
 
     with observing(observer):
@@ -85,7 +84,7 @@ def observe_kl(
     for layer in range(model.layers):
         for side in (K, V):
             for place, bits in enumerate(WIDTHS):
-                coding = codings[place].on(model.device).pick(layer)
+                coding = codings[place].pick(layer)
 
                 def observer(
                     at: int,
@@ -99,7 +98,7 @@ def observe_kl(
                         return k, v
                     if where[1] == K:
                         return fake_quantize(k, where[2], group_size, coding), v
-                    return k, fake_quantize(v, where[2], group_size)
+                    return k, fake_quantize(v, where[2], group_size, coding, V)
 
                 with observing(observer):
                     other = model.log_probs(model.hidden_from(layer, inputs[layer])[rows])

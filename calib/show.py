@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def table(c: artifact.Calibration) -> str:
-    """What the file says: origin, budget, and per layer widths, α, clip factors and sensitivities."""
+    """What the file says: origin, budget, and per layer widths, codings, α, clip factors and sensitivities."""
     report = c.report
     sixteen = artifact.token_bytes(c.num_kv_heads, c.head_dim, c.group_size, ((16, 16),) * c.num_layers)
     lines = [
@@ -22,7 +23,9 @@ def table(c: artifact.Calibration) -> str:
         f"data             {c.data.get('source')}: {c.data.get('samples')} samples, {c.data.get('tokens')} tokens, "
         f"sha256 {str(c.data.get('sha256'))[:12]}, seed {c.seed}",
         f"effective length {', '.join(map(str, c.effective_lens)) or 'natural positions only'}",
-        f"transform        {c.transform}",
+        f"transform        {_kinds(c.transforms)}",
+        f"centre           {_kinds(c.centers)}",
+        f"values           {_kinds(c.value_transforms)}",
         f"bytes per token  {c.bytes_per_token} of {sixteen} at 16 bits (budget "
         f"{report.get('budget_bytes_per_token')}), {16 * c.bytes_per_token / sixteen:.3f} bits per element with scales "
         f"and zeros, mean width {c.mean_bits:.2f}, group size {c.group_size}",
@@ -40,14 +43,27 @@ def table(c: artifact.Calibration) -> str:
     )
     widths = report["widths"]
     shown = c.tensors[c.sensitivity]
-    lines += ["", f"{'layer':>5} {'K':>3} {'V':>3}  {'alpha':<12}{'clip':<12}" + _heads(widths)]
+    lines += [
+        "",
+        f"{'layer':>5} {'K':>3} {'V':>3}  {'transform':<10}{'centre':<7}{'J':>3}  {'values':<9}"
+        f"{'alpha':<12}{'clip':<12}{_heads(widths)}",
+    ]
     alphas, clips = report.get("alphas"), c.tensors.get("key_clip")
+    pairs = report.get("center_pairs")
     for layer, (k, v) in enumerate(c.finals):
-        alpha = "-" if alphas is None else _spread(alphas[layer])
+        alpha = "-" if alphas is None or alphas[layer] is None else _spread(alphas[layer])
         clip = "-" if clips is None or k != 2 else _spread(clips[layer].tolist())
         numbers = "".join(f"{x:>10.3g}" for x in np.concatenate([shown[layer, 0], shown[layer, 1]]))
-        lines.append(f"{layer:>5} {k:>3} {v:>3}  {alpha:<12}{clip:<12}{numbers}")
+        done = f"{c.transforms[layer]:<10}{c.centers[layer]:<7}{pairs[layer] if pairs else 0:>3}  "
+        done += f"{c.value_transforms[layer]:<9}"
+        lines.append(f"{layer:>5} {k:>3} {v:>3}  {done}{alpha:<12}{clip:<12}{numbers}")
     return "\n".join(lines)
+
+
+def _kinds(names: tuple[str, ...]) -> str:
+    """``hadamard`` where all layers are alike, else how many are what."""
+    counts = Counter(names).most_common()
+    return counts[0][0] if len(counts) == 1 else ", ".join(f"{name} in {count} layers" for name, count in counts)
 
 
 def _heads(widths: list[int]) -> str:

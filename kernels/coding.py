@@ -5,7 +5,7 @@ read by T⁻¹(q)·T(k − R c) + q·R c = q·k; values are codes of T(v), and T
 touched. Every room asks this object: who makes codes (``transformed``, ``edges``, ``copy_arguments``), who reads them
 (``queries``, ``center_queries``, ``values_back``, ``key_clip``, ``read_arguments``), and who chooses
 (``from_calibration``, ``default``). A transform is one subclass of ``Transform`` here, its arithmetic over again in
-``reference/codes.py``, and its device code in ``triton/pages.py``.
+``reference/codes.py``, and its device code in ``triton/rotation.py``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 
 from sglang_pmkvq.artifact import Calibration
 from sglang_pmkvq.formats import KEY_TRANSFORMS, K, LayerGroup, PageShape
-from sglang_pmkvq.kernels.rotary import Center, ModelKeys, RotaryTable, default_center
+from sglang_pmkvq.kernels.rotary import Center, ModelKeys, RotaryTable, chosen_blocks, default_center
 
-Index = int | slice
+# One layer, or some of them in order.
+Index = int | slice | list[int]
 # The model's own, and what the CPU computes in.
 QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -202,7 +203,8 @@ class PerLayer(Transform):
     def pick(self, index: Index) -> Transform:
         if isinstance(index, int):
             return self.layers[index].pick(0)
-        return PerLayer(self.layers[index])
+        some = self.layers[index] if isinstance(index, slice) else tuple(self.layers[i] for i in index)
+        return PerLayer(some)
 
     def on(self, device: torch.device | str) -> PerLayer:
         return PerLayer(tuple(transform.on(device) for transform in self.layers))
@@ -284,12 +286,31 @@ class Coding:
 
         Args:
             rotary: all pairs of the model's rotary table; needed where the calibration has centres.
+
+        Raises:
+            ValueError: keys of these layers have centres, and there is no ``rotary``.
         """
-        scale = calibration.key_scale(tuple(layers), heads)
-        clip = calibration.key_clip(tuple(layers), heads)
-        given = None if scale is None else torch.from_numpy(scale)
-        transform = key_transform(calibration.transform, calibration.head_dim, given)
-        return cls(transform, None if clip is None else torch.from_numpy(clip))
+        own = tuple(layers)
+        scale, clip, vector, spread = (
+            None if tensor is None else torch.from_numpy(tensor)
+            for tensor in (
+                calibration.key_scale(own, heads),
+                calibration.key_clip(own, heads),
+                calibration.key_center(own, heads),
+                calibration.key_spread(own, heads),
+            )
+        )
+        center = None
+        if vector is not None and spread is not None and bool(vector.any()):
+            if rotary is None:
+                raise ValueError("the calibration centres keys, and the model has no rotary table to do it with")
+            center = Center.of(vector, chosen_blocks(vector, spread, rotary), rotary)
+        return cls(
+            layer_transforms([calibration.transforms[layer] for layer in own], calibration.head_dim, scale),
+            clip,
+            layer_transforms([calibration.value_transforms[layer] for layer in own], calibration.head_dim),
+            center,
+        )
 
     @classmethod
     def default(
@@ -335,8 +356,11 @@ class Coding:
             clip = clip.to(device=device, dtype=torch.float32).contiguous() if group.k_final == 2 else None
         keys = self.key_transform.on(device) if group.k_final < 16 else Transform()
         values = self.value_transform.on(device) if group.v_final < 16 else Transform()
-        center = self.center if group.k_final < 16 else None
-        return Coding(keys, clip, values, None if center is None else center.on(device))
+        center = self.center.on(device) if self.center is not None and group.k_final < 16 else None
+        if center is not None:
+            # Made now: the first to ask may be a CUDA graph that is being captured.
+            assert center.rotary.channel_at.numel() and center.rotary.block_channels.numel()
+        return Coding(keys, clip, values, center)
 
     def on(self, device: torch.device | str) -> Coding:
         """The same with tensors on a device."""
@@ -348,7 +372,7 @@ class Coding:
         )
 
     def pick(self, index: Index) -> Coding:
-        """The same for some layers of the group: an index, which drops the axis of layers, or a slice.
+        """The same for some layers of the group: an index, which drops the axis of layers, or several.
 
         A centre keeps the axis: picked by an index it is a group of one layer.
         """
@@ -366,6 +390,63 @@ class Coding:
     def edges(self, side: int) -> torch.Tensor | None:
         """int32 ``[L, H]``, what the step from 4 to 2 bits compares 4-bit codes of a side with; None if not clipped."""
         return self._key_edges if side == K else None
+
+    @cached_property
+    def _copy_arguments(self) -> dict[tuple[int, ...], dict[str, object]]:
+        return {}
+
+    def copy_arguments(
+        self, sides: tuple[int, ...], layers: int, shape: PageShape, device: torch.device
+    ) -> dict[str, object]:
+        """What the kernel that makes codes takes of a coding; made once, so the same tensors at every wave.
+
+        Args:
+            sides: of an arena: both, or one.
+            layers: of the group.
+            device: of the pool.
+        """
+        if sides not in self._copy_arguments:
+            with torch.inference_mode(False):
+                flags = [self._rotation_flags(side, layers, device) for side in sides]
+                scale = self.key_transform.scales(layers, shape.num_kv_heads, shape.head_dim)
+            keys, turned = sides[0] == K, any(flag is not None for flag in flags)
+            center = self.center if keys else None
+            self._copy_arguments[sides] = {
+                "scale0": scale if keys else None,
+                "rotated0": flags[0],
+                "rotated1": flags[1] if len(flags) > 1 else None,
+                "ROTATE": 2.0 ** -exponents(shape.head_dim)[0] if turned else 0.0,
+                "edges0": self.edges(K) if keys else None,
+                "center0": None if center is None else center.factors,
+                "center_stride": None if center is None else center.factors.stride(0),
+                "rotary": None if center is None else center.rotary.values,
+                "channel_at": None if center is None else center.rotary.channel_at,
+            }
+        return self._copy_arguments[sides]
+
+    def _rotation_flags(self, side: int, layers: int, device: torch.device) -> torch.Tensor | None:
+        """int32 ``[L]``, nonzero for layers of a side that are rotated; None if there are none."""
+        flags = self.transform_of(side).rotated(layers)
+        return torch.tensor(flags, dtype=torch.int32, device=device) if any(flags) else None
+
+    def center_blocks(self, layer: int) -> int:
+        """Blocks of rotary pairs that attention of a layer reads, 0 without a centre."""
+        return 0 if self.center is None else self.center.places[layer].numel()
+
+    def read_arguments(self, layer: int, layers: int) -> dict[str, object]:
+        """What the kernels that read codes of one of ``layers`` layers take of a coding, beside the queries."""
+        center = self.center if self.center_blocks(layer) else None
+        return {
+            "key_clip": None if self.key_clip is None else self.key_clip[layer],
+            "center": None if center is None else center.factors[:, layer],
+            "center_stride": None if center is None else center.factors.stride(0),
+            "center_places": None if center is None else center.places[layer],
+            "rotary": None if center is None else center.rotary.values,
+            "rotary_stride": None if center is None else center.rotary.values.stride(0),
+            "rotary_channels": None if center is None else center.rotary.block_channels,
+            "CENTER_BLOCKS": self.center_blocks(layer),
+            "TURN_VALUES": self.value_transform.rotated(layers)[layer],
+        }
 
     def transform_of(self, side: int) -> Transform:
         return self.key_transform if side == K else self.value_transform
@@ -408,6 +489,16 @@ def key_transform(name: str, head_dim: int, scale: torch.Tensor | None = None) -
     if (scale is not None) != (name == Scaled.name):
         raise ValueError(f"key transform {name!r} {'without' if scale is None else 'with'} key scales")
     return _TRANSFORMS[name](head_dim, scale)
+
+
+def layer_transforms(names: Sequence[str], head_dim: int, scale: torch.Tensor | None = None) -> Transform:
+    """Transforms of the layers of a group by name; ``scale [L, H, D]`` is read where they are scaled.
+
+    Raises:
+        ValueError: as ``key_transform``.
+    """
+    own = [None if scale is None or name != Scaled.name else scale[i : i + 1] for i, name in enumerate(names)]
+    return per_layer([key_transform(name, head_dim, s) for name, s in zip(names, own, strict=True)])
 
 
 _TRANSFORMS: dict[str, Callable[[int, Any], Transform]] = {

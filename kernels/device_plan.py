@@ -191,6 +191,7 @@ def plan_launches(
             "column_stride": source.column_stride * source.values.stride(1),
             "num_pages": storage.num_pages,
             "unmapped": storage.unmapped_reads,
+            "page_columns": storage.page_columns,
             "DIVISOR": source.divisor,
         },
         num_warps=2,

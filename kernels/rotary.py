@@ -27,7 +27,7 @@ from sglang_pmkvq.formats import PAGE_SIZES, ROTARY_COLUMNS, ROTARY_PAIRS
 CENTER_BITS = 12
 # Energy of the centre that may be left in keys, as a share of the energy of what varies: it widens ranges by half of
 # that share.
-CENTER_TOLERANCE = 0.05
+CENTER_TOLERANCE = 0.25
 # Blocks of pairs that each layer reads where centres are measured while serving: how many must be said at start.
 MEASURED_BLOCKS = 2
 
@@ -92,6 +92,12 @@ class RotaryTable:
             for channels in self.channels(block):
                 at[channels] = start + torch.arange(ROTARY_PAIRS)
         return at.to(device=self.values.device, dtype=torch.int32)
+
+    @cached_property
+    def block_channels(self) -> torch.Tensor:
+        """Channels of the pairs of each block that is there, int32 ``[blocks, 16]``: 8 first ones, then 8 second."""
+        rows = [torch.cat(self.channels(block)) for block in self.blocks]
+        return torch.stack(rows).to(device=self.values.device, dtype=torch.int32)
 
     def keep(self, blocks: Sequence[int]) -> RotaryTable:
         """The same with some of its blocks."""
@@ -277,10 +283,11 @@ class Center:
         readers = sum(reader.nbytes for reader in self.readers if reader is not None)
         return self.vector.nbytes + self.factors.nbytes + readers + sum(place.nbytes for place in self.places)
 
-    def pick(self, index: int | slice) -> Center:
+    def pick(self, index: int | slice | list[int]) -> Center:
         """Some layers of the group; one layer stays a group of one."""
-        some = slice(index, index + 1) if isinstance(index, int) else index
-        return Center(self.vector[some], self.blocks[some], self.rotary, self.whole)
+        some = [index] if isinstance(index, int) else index
+        layers = range(len(self.blocks))[some] if isinstance(some, slice) else some
+        return Center(self.vector[some], tuple(self.blocks[layer] for layer in layers), self.rotary, self.whole)
 
     def upto(self, tokens: int) -> Center:
         """The same for sequences of at most ``tokens``."""

@@ -17,6 +17,7 @@ from sglang_pmkvq.commands import ArenaCopies, TableUpdate
 from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK
 from sglang_pmkvq.kernels.attention import DecodeAttention, ExtendAttention, PageSource
 from sglang_pmkvq.kernels.backend import Kernels
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.storage import GroupStorage
 
 
@@ -30,8 +31,8 @@ def warm_up(
     """Launches every kernel that serving a storage needs, on a small pool of the same kind.
 
     A table update, stores, copies to every tier, then an extend with a request of one query and a
-    decode, planned from token slots as SGLang keeps them. The storage itself is neither read nor
-    written.
+    decode of every kind of layer, planned from token slots as SGLang keeps them. The storage itself is neither read
+    nor written.
 
     The arguments are those of ``Kernels.warm_up``.
     """
@@ -66,17 +67,29 @@ def warm_up(
     for cap in logit_caps:
         for wrapper, queries in planned:
             q = torch.ones(queries, query_heads, small.shape.head_dim, dtype=small.dtype, device=device)
-            wrapper.run(q, 0, 1.0, cap)
+            for layer in range(small.num_layers):
+                wrapper.run(q, layer, 1.0, cap)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _small_twin(storage: GroupStorage) -> GroupStorage:
-    """An empty storage of one layer and a few pages, alike in all that kernels are compiled for."""
+    """An empty storage of a layer of each kind and a few pages, alike in all that kernels are compiled for."""
     pages = len(storage.group.steps) + 1
-    group = replace(storage.group, layers=(0,))
+    kinds = _kinds(storage.coding, storage.num_layers)
+    group = replace(storage.group, layers=tuple(range(len(kinds))))
     superblocks = [2 * pages + 1] * len(storage.group.arena_sides)
-    coding = storage.coding.pick(slice(0, 1))
+    coding = storage.coding.pick(kinds)
     return GroupStorage.allocate(
         storage.shape, group, superblocks, pages, storage.dtype, storage.device, coding
     )
+
+
+def _kinds(coding: Coding, layers: int) -> list[int]:
+    """One layer of each kind that kernels are compiled for: by both transforms and blocks of the centre."""
+    keys, values = coding.key_transform, coding.value_transform
+    kinds: dict[tuple[object, ...], int] = {}
+    for layer in range(layers):
+        parts = (keys.pick(layer).name, values.pick(layer).name, coding.center_blocks(layer))
+        kinds.setdefault(parts, layer)
+    return list(kinds.values())

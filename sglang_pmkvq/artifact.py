@@ -12,16 +12,19 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sglang_pmkvq.formats import (
+    DATA_FREE_TRANSFORMS,
     GROUP_SIZES,
     HEAD_DIMS,
+    KEY_CENTERS,
     KEY_TRANSFORMS,
     TIERS,
     LayerGroup,
@@ -30,11 +33,14 @@ from sglang_pmkvq.formats import (
     page_bytes,
 )
 
-# 2 added the tensor ``key_clip``; files of schema 1 have none and are read as they are. A transform needs no new
-# number: a reader refuses those that it does not know.
-SCHEMA = 2
-READ_SCHEMAS = (1, 2)
+# 2 added the tensor ``key_clip``, 3 what is done layer by layer: transforms of keys and values, and centres. Older
+# files say one transform of keys for all layers. A transform needs no new number: a reader refuses those that it does
+# not know.
+SCHEMA = 3
+READ_SCHEMAS = (1, 2, 3)
 METADATA_KEY = "pmkvq"
+# What the summary ``transform`` says where layers differ.
+MIXED = "mixed"
 
 # What decides keys, values and their shapes. Names that configurations of one architecture share.
 _FACTS = (
@@ -67,16 +73,22 @@ class Calibration:
         head_dim: channels per head, D.
         group_size: channels that share one (zero, range) pair, G.
         finals: (K final, V final) bits of each layer.
-        transform: of keys: ``none``, ``scale`` (per-channel key scales, paper eq. 9, 10) or ``hadamard`` (rotated).
+        transforms: of keys, per layer: ``none``, ``scale`` (per-channel key scales, paper eq. 9, 10) or ``hadamard``
+            (rotated).
+        centers: what is subtracted from keys before that, per layer: ``none``, ``bias`` (the model's own key bias) or
+            ``mean`` (of keys before the rotary embedding).
+        value_transforms: of values, per layer: ``none`` or ``hadamard``.
         effective_lens: effective lengths of positional interpolation, tokens (paper eq. 12).
         widths: final widths that allocation could choose from.
         sensitivity: ``taylor`` (paper eq. 5) or ``kl`` (measured): what allocation minimized.
         objective: its sum at ``finals``; ``objective_unbounded`` without the bound on layer groups.
         bytes_per_token: of K and V over all layers and heads at ``finals``, scales and zeros included.
         report: further figures for people (rank correlation, times), JSON.
-        tensors: ``key_scale`` fp32 [L, H, D] (``scale`` only), ``key_max`` fp32 [L, H, D], ``taylor`` and
-            optionally ``kl`` fp64 [L, 2, W] for K and V at ``report["widths"]``, optionally ``key_clip`` fp32
-            [L, H]: the middle share of their range that 2-bit codes of keys span, 1 where keys stay wider.
+        tensors: ``key_scale`` fp32 [L, H, D] if some layer is scaled, 1 in the others; ``key_center`` fp32 [L, H, D]
+            and ``key_spread`` fp32 [L, H], its energy around it, if some layer is centred, 0 in the others;
+            ``key_max`` fp32 [L, H, D]; ``taylor`` and optionally ``kl`` fp64 [L, 2, W] for K and V at
+            ``report["widths"]``; optionally ``key_clip`` fp32 [L, H]: the middle share of their range that 2-bit
+            codes of keys span, 1 where keys stay wider.
     """
 
     model: str
@@ -88,7 +100,9 @@ class Calibration:
     head_dim: int
     group_size: int
     finals: tuple[tuple[int, int], ...]
-    transform: str
+    transforms: tuple[str, ...]
+    centers: tuple[str, ...]
+    value_transforms: tuple[str, ...]
     effective_lens: tuple[int, ...]
     widths: tuple[int, ...]
     sensitivity: str
@@ -111,27 +125,52 @@ class Calibration:
         """Mean final width over layers and sides, codes only."""
         return sum(k + v for k, v in self.finals) / (2 * len(self.finals))
 
+    @property
+    def transform(self) -> str:
+        """That of keys in all layers that are quantized, or ``mixed``."""
+        names = {name for name, (k_bits, _) in zip(self.transforms, self.finals, strict=True) if k_bits < 16}
+        names = names or set(self.transforms)
+        return names.pop() if len(names) == 1 else MIXED
+
     def key_scale(self, layers: tuple[int, ...], heads: slice) -> np.ndarray | None:
-        """fp32 [len(layers), heads, D] of the key scales, or None if keys are not scaled."""
-        scale = self.tensors.get("key_scale")
-        return None if scale is None else np.ascontiguousarray(scale[list(layers), heads])
+        """fp32 [len(layers), heads, D] of the key scales, or None if no keys are scaled."""
+        return self._picked("key_scale", layers, heads)
 
     def key_clip(self, layers: tuple[int, ...], heads: slice) -> np.ndarray | None:
         """fp32 [len(layers), heads] of the clip factors, or None if ranges are whole."""
-        clip = self.tensors.get("key_clip")
-        return None if clip is None else np.ascontiguousarray(clip[list(layers), heads])
+        return self._picked("key_clip", layers, heads)
+
+    def key_center(self, layers: tuple[int, ...], heads: slice) -> np.ndarray | None:
+        """fp32 [len(layers), heads, D] of the centres of keys, or None if no keys are centred."""
+        return self._picked("key_center", layers, heads)
+
+    def key_spread(self, layers: tuple[int, ...], heads: slice) -> np.ndarray | None:
+        """fp32 [len(layers), heads], the energy of keys around their centres, or None if no keys are centred."""
+        return self._picked("key_spread", layers, heads)
+
+    def _picked(self, name: str, layers: tuple[int, ...], heads: slice) -> np.ndarray | None:
+        tensor = self.tensors.get(name)
+        return None if tensor is None else np.ascontiguousarray(tensor[list(layers), heads])
 
     def summary(self) -> dict[str, Any]:
         """For logs and ``/server_info``: small, JSON."""
         return {
             "model": self.model,
             "transform": self.transform,
+            "transforms": _counts(self.transforms),
+            "centers": _counts(self.centers),
+            "value_transforms": _counts(self.value_transforms),
             "clipped": "key_clip" in self.tensors,
             "mean_bits": self.mean_bits,
             "bytes_per_token": self.bytes_per_token,
             "data_sha256": self.data.get("sha256"),
             "seed": self.seed,
         }
+
+
+def _counts(names: Sequence[str]) -> dict[str, int]:
+    """Layers of each kind, the most frequent first."""
+    return dict(Counter(names).most_common())
 
 
 def token_bytes(num_kv_heads: int, head_dim: int, group_size: int, finals: tuple[tuple[int, int], ...]) -> int:
@@ -204,7 +243,7 @@ def save(calibration: Calibration, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     _validate(calibration, str(path))
     header = {k: v for k, v in asdict(calibration).items() if k != "tensors"}
-    header = json.loads(_canonical({"schema": SCHEMA, **header}))
+    header = json.loads(_canonical({"schema": SCHEMA, "transform": calibration.transform, **header}))
     header["sha256"] = _digest(header, calibration.tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
@@ -249,7 +288,7 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{name}: a safetensors file, but not a calibration: it has no pmkvq header") from error
     if schema not in READ_SCHEMAS:
-        known = " and ".join(map(str, READ_SCHEMAS))
+        known = f"{', '.join(map(str, READ_SCHEMAS[:-1]))} and {READ_SCHEMAS[-1]}"
         raise ArtifactError(
             f"{name}: schema version {schema!r}, this version of sglang-pmkvq reads {known}; calibrate again"
         )
@@ -259,17 +298,23 @@ def load(path: str | os.PathLike[str]) -> Calibration:
         raise ArtifactError(f"{name}: malformed header ({error})") from error
     if digest != stored:
         raise ArtifactError(f"{name}: its contents do not match their SHA-256; the file was damaged or changed")
-    expected = {field.name for field in fields(Calibration)} - {"tensors"}
+    expected = set(_FIELDS) - (set(_LAYER_NAMES) if schema < 3 else set())
     if set(header) != expected:
         raise ArtifactError(f"{name}: header fields {sorted(set(header) ^ expected)} are missing or unknown")
-    wrong = [field for field, fits in _FIELDS.items() if not fits(header[field])]
+    wrong = [field for field, value in header.items() if not _FIELDS[field](value)]
     if wrong:
         raise ArtifactError(f"{name}: malformed header ({', '.join(f'{f} is {header[f]!r:.40}' for f in wrong)})")
+    transform, layers = header.pop("transform"), len(header["finals"])
+    if schema < 3:
+        header |= {"transforms": [transform] * layers, "centers": ["none"] * layers}
+        header["value_transforms"] = ["none"] * layers
     header["finals"] = tuple((k, v) for k, v in header["finals"])
-    header["effective_lens"] = tuple(header["effective_lens"])
-    header["widths"] = tuple(header["widths"])
+    for field in ("effective_lens", "widths", *_LAYER_NAMES):
+        header[field] = tuple(header[field])
     calibration = Calibration(**header, tensors=tensors)
     _validate(calibration, name)
+    if calibration.transform != transform:
+        raise ArtifactError(f"{name}: transform {transform!r} disagrees with its layers, {calibration.transform!r}")
     return calibration
 
 
@@ -293,6 +338,14 @@ def _ints(value: Any) -> bool:
     return isinstance(value, list) and all(map(_int, value))
 
 
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+# Header fields with a name per layer, and the names.
+_LAYER_NAMES = {"transforms": KEY_TRANSFORMS, "centers": KEY_CENTERS, "value_transforms": DATA_FREE_TRANSFORMS}
+
+
 # Type of each header field as JSON has it. A signature that is right says nothing about them.
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("model", "config_sha256", "transform", "sensitivity"), _text),
@@ -301,11 +354,12 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("objective", "objective_unbounded"), _number),
     **dict.fromkeys(("data", "report"), lambda value: isinstance(value, dict)),
     **dict.fromkeys(("effective_lens", "widths"), _ints),
+    **dict.fromkeys(_LAYER_NAMES, _texts),
     "weights_sha256": lambda value: value is None or _text(value),
     "finals": lambda value: isinstance(value, list) and all(_ints(pair) and len(pair) == 2 for pair in value),
 }
 
-_TENSORS = {"key_scale", "key_max", "key_clip", "taylor", "kl"}
+_TENSORS = {"key_scale", "key_center", "key_spread", "key_max", "key_clip", "taylor", "kl"}
 
 
 def _validate(c: Calibration, name: str) -> None:
@@ -316,22 +370,43 @@ def _validate(c: Calibration, name: str) -> None:
         problems.append(f"head_dim must be one of {HEAD_DIMS}, got {c.head_dim}")
     if c.group_size not in GROUP_SIZES or c.head_dim % c.group_size:
         problems.append(f"group size {c.group_size} does not fit head_dim {c.head_dim}")
-    if c.transform not in KEY_TRANSFORMS:
-        problems.append(f"unknown transform {c.transform!r}")
-    if (c.transform == "scale") != ("key_scale" in c.tensors):
-        problems.append(f"transform {c.transform!r} and tensors {sorted(c.tensors)} disagree")
+    for field, known in _LAYER_NAMES.items():
+        names = getattr(c, field)
+        if len(names) != c.num_layers:
+            problems.append(f"{field} has {len(names)} names for {c.num_layers} layers")
+        unknown = sorted(set(names) - set(known))
+        if unknown:
+            problems.append(f"unknown {field.removesuffix('s')} {', '.join(map(repr, unknown))}")
+    present = sorted(c.tensors)
+    if ("scale" in c.transforms) != ("key_scale" in c.tensors):
+        problems.append(f"transforms {sorted(set(c.transforms))} and tensors {present} disagree")
+    centred = any(center != "none" for center in c.centers)
+    if not (("key_center" in c.tensors) == ("key_spread" in c.tensors) == centred):
+        problems.append(f"centers {sorted(set(c.centers))} and tensors {present} disagree")
     unknown = sorted(set(c.tensors) - _TENSORS)
     if unknown:
         problems.append(f"unknown tensors {unknown}")
     heads = (c.num_layers, c.num_kv_heads)
     channels = (*heads, c.head_dim)
-    for key, shape in (("key_scale", channels), ("key_max", channels), ("key_clip", heads)):
+    shapes = dict.fromkeys(("key_scale", "key_center", "key_max"), channels)
+    for key, shape in {**shapes, "key_spread": heads, "key_clip": heads}.items():
         tensor = c.tensors.get(key)
         if tensor is not None and (tensor.shape != shape or tensor.dtype != np.float32):
             problems.append(f"{key} must be float32 {shape}, got {tensor.dtype} {tensor.shape}")
     scale = c.tensors.get("key_scale")
     if scale is not None and not bool(np.all(np.isfinite(scale) & (scale > 0))):
         problems.append("key_scale must be positive and finite")
+    center, spread = c.tensors.get("key_center"), c.tensors.get("key_spread")
+    if center is not None and not bool(np.isfinite(center).all()):
+        problems.append("key_center must be finite")
+    if spread is not None and not bool(np.all(np.isfinite(spread) & (spread >= 0))):
+        problems.append("key_spread must be finite and not negative")
+    if not problems:
+        for layer, (transform, kind) in enumerate(zip(c.transforms, c.centers, strict=True)):
+            if scale is not None and transform != "scale" and (scale[layer] != 1).any():
+                problems.append(f"key_scale of layer {layer}, whose transform is {transform}, must be 1")
+            if center is not None and (kind == "none") == center[layer].any():
+                problems.append(f"key_center of layer {layer}, whose center is {kind}, does not fit")
     clip = c.tensors.get("key_clip")
     if clip is not None and not bool(np.all((clip > 0) & (clip <= 1))):
         problems.append("key_clip must be above 0 and at most 1")

@@ -110,11 +110,12 @@ def check_page_layout(inputs: Inputs, page: int) -> None:
                 want16 = inputs.written[side][layer, page * p : (page + 1) * p].contiguous()
                 assert torch.equal(raw, want16.view(torch.uint8).flatten())
                 continue
-            transform, key_clip = storage.coding.key_transform, storage.coding.key_clip
-            if side == K and isinstance(transform, Scaled):
-                x = x / transform.scale[layer][:, None, :]
-            if side == K and isinstance(transform, Hadamard):
-                x = ref_codes.rotated_keys(x)
+            coding, key_clip = storage.coding.pick(layer), storage.coding.key_clip
+            if side == K and storage.page_columns is not None:
+                start = int(storage.page_columns[page]) * p
+                term = ref_codes.center_term(coding, torch.arange(start, start + p))
+                x = x if term is None else x - term
+            x = ref_codes.transformed_keys(x, coding.transform_of(side))
             codes = torch.zeros(x.shape, dtype=torch.int64)
             meta = torch.zeros(x.shape[0], x.shape[2] // g, p, 2, dtype=torch.float16)
             for h in range(x.shape[0]):

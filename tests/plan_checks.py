@@ -12,7 +12,7 @@ from sglang_pmkvq.kernels.attention import PageSource
 from sglang_pmkvq.kernels.device_plan import PlanBuffers, plan_launches, step_costs, token_tile
 from sglang_pmkvq.kernels.reference.inputs import Inputs
 from sglang_pmkvq.kernels.storage import GroupStorage
-from tests.triton_checks import on_device
+from tests.triton_checks import check_columns, forget_columns, on_device
 
 SENTINEL = -77
 MARGIN = 16
@@ -29,7 +29,8 @@ def fence(buffers: PlanBuffers, storage: GroupStorage) -> list[torch.Tensor]:
     """Moves every buffer and counter of a plan between sentinels; the tensors that hold them."""
     whole: list[torch.Tensor] = []
     moved: dict[int, torch.Tensor] = {}  # lists may be shared
-    for owner, names in ((buffers, [f.name for f in dataclasses.fields(buffers)]), (storage, ["unmapped_reads"])):
+    of_plan, of_storage = [f.name for f in dataclasses.fields(buffers)], ["unmapped_reads", "page_columns"]
+    for owner, names in ((buffers, of_plan), (storage, of_storage)):
         for name in names:
             old = getattr(owner, name)
             if not isinstance(old, torch.Tensor):
@@ -68,6 +69,7 @@ def check_plan(
     slots = slots.to(device)
     source = PageSource(slots, torch.from_numpy(order).to(device), p, p)
     q = None if q_len is None else torch.tensor(q_len, dtype=torch.int32, device=device)
+    forget_columns(storage)
     guards = fence(buffers, storage)
     for launch in plan_launches(buffers, source, torch.tensor(lens, device=device), q):
         launch.run()
@@ -75,6 +77,7 @@ def check_plan(
     check_fence(guards)
 
     assert int(storage.unmapped_reads) == 0
+    check_columns(inputs, storage)
     for r, n in enumerate(lens):
         pages = np.array(inputs.pages(r), dtype=np.int64)
         entries = inputs.storage.table[:, torch.from_numpy(pages)].numpy()

@@ -19,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 from benchmarks.harness.servers import REASONER
 from sglang_pmkvq import artifact
 from sglang_pmkvq.artifact import ArtifactError, Calibration
+from sglang_pmkvq.calib.show import table
+from sglang_pmkvq.formats import KEY_TRANSFORMS
 
 CONFIG = SimpleNamespace(
     model_type="llama", hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
@@ -26,7 +28,8 @@ CONFIG = SimpleNamespace(
 )  # fmt: skip
 
 
-def example(**changes: Any) -> Calibration:
+def example(transform: str = "scale", **changes: Any) -> Calibration:
+    """Keys of both layers with one transform, uncentred, values as they are."""
     finals = ((4, 2), (8, 4))
     values: dict[str, Any] = {
         "model": "a/b",
@@ -38,7 +41,9 @@ def example(**changes: Any) -> Calibration:
         "head_dim": 64,
         "group_size": 64,
         "finals": finals,
-        "transform": "scale",
+        "transforms": (transform, transform),
+        "centers": ("none", "none"),
+        "value_transforms": ("none", "none"),
         "effective_lens": (8192,),
         "widths": (2, 4, 8),
         "sensitivity": "taylor",
@@ -53,6 +58,21 @@ def example(**changes: Any) -> Calibration:
         },
     }
     return Calibration(**values | changes)
+
+
+def layered(**changes: Any) -> Calibration:
+    """Layer 0 scaled around a mean, layer 1 rotated around nothing, with rotated values."""
+    scale, center = example().tensors["key_scale"].copy(), np.zeros((2, 2, 64), np.float32)
+    scale[1] = 1
+    center[0] = np.random.default_rng(1).normal(size=(2, 64))
+    spread = np.array([[3.0, 0.0], [0.0, 0.0]], np.float32)
+    values: dict[str, Any] = {
+        "transforms": ("scale", "hadamard"),
+        "centers": ("mean", "none"),
+        "value_transforms": ("none", "hadamard"),
+        "tensors": {**example().tensors, "key_scale": scale, "key_center": center, "key_spread": spread},
+    }
+    return example(**values | changes)
 
 
 @pytest.fixture
@@ -73,8 +93,11 @@ def rewrite(path: Path, header: Any, tensors: dict[str, np.ndarray] | None = Non
     save_file(tensors or load_file(path), path, metadata={"pmkvq": text})
 
 
-def test_round_trip(path: Path) -> None:
-    wrote, read = example(), artifact.load(path)
+@pytest.mark.parametrize("wrote", [example(), layered()], ids=["alike", "layered"])
+def test_round_trip(wrote: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    artifact.save(wrote, path)
+    read = artifact.load(path)
     for field in dataclasses.fields(Calibration):
         if field.name != "tensors":
             assert getattr(read, field.name) == getattr(wrote, field.name), field.name
@@ -93,6 +116,19 @@ def test_header_holds_what_is_promised(path: Path) -> None:
     assert len(header["sha256"]) == 64
     for name in ("model", "config_sha256", "data", "seed", "group_size", "finals", "transform", "bytes_per_token"):
         assert name in header
+    assert header["transform"] == "scale"
+
+
+def test_the_summary_of_transforms(tmp_path: Path) -> None:
+    """Layers at 16 bits are not transformed, whatever they say."""
+    artifact.save(layered(), tmp_path / "a")
+    assert header_of(tmp_path / "a")["transform"] == layered().transform == "mixed"
+    assert layered().summary() | {"transforms": {"scale": 1, "hadamard": 1}, "centers": {"mean": 1, "none": 1}} == (
+        layered().summary() | {"value_transforms": {"none": 1, "hadamard": 1}}
+    )
+    finals = ((16, 2), (8, 4))
+    assert layered(finals=finals).transform == "hadamard"
+    assert example("hadamard", finals=((16, 16),) * 2).transform == "hadamard"
 
 
 def test_bytes_per_token_are_those_of_formats() -> None:
@@ -147,22 +183,72 @@ def test_changed_header(path: Path, field: str, value: object) -> None:
         artifact.load(path)
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_unknown_version(path: Path, version: object) -> None:
     rewrite(path, header_of(path) | {"schema": version})
-    with pytest.raises(ArtifactError, match="schema version .* this version of sglang-pmkvq reads 1 and 2"):
+    with pytest.raises(ArtifactError, match="schema version .* this version of sglang-pmkvq reads 1, 2 and 3"):
         artifact.load(path)
 
 
-def test_schema_1_is_read(path: Path) -> None:
-    """Files from before clip factors: the same fields, ranges whole."""
-    tensors = {name: t for name, t in load_file(path).items() if name != "key_clip"}
-    rewrite(path, signed(header_of(path) | {"schema": 1}, tensors), tensors)
+LAYER_FIELDS = ("transforms", "centers", "value_transforms")
+
+
+def older(path: Path, schema: int, drop: tuple[str, ...] = (), **changes: Any) -> None:
+    """Rewrite a file as an older version wrote it: one transform for all layers."""
+    tensors = {name: t for name, t in load_file(path).items() if name not in drop}
+    header = {k: v for k, v in header_of(path).items() if k not in LAYER_FIELDS}
+    rewrite(path, signed(header | {"schema": schema} | changes, tensors), tensors)
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize("transform", KEY_TRANSFORMS)
+def test_older_schemas_are_read(path: Path, schema: int, transform: str) -> None:
+    """Into the same fields. Files of schema 1 are from before clip factors: ranges whole."""
+    drop = ("key_clip",) * (schema == 1) + ("key_scale",) * (transform != "scale")
+    older(path, schema, drop, transform=transform)
     read = artifact.load(path)
     assert read.finals == example().finals
-    assert np.array_equal(read.tensors["key_scale"], example().tensors["key_scale"])
-    assert read.key_clip((0, 1), slice(0, 2)) is None
-    assert read.summary()["clipped"] is False
+    assert (read.transform, read.transforms) == (transform, (transform, transform))
+    assert read.centers == read.value_transforms == ("none", "none")
+    for name in ("key_scale", "key_clip"):
+        assert name in drop or np.array_equal(read.tensors[name], example().tensors[name])
+    assert (read.key_clip((0, 1), slice(0, 2)) is None) == (schema == 1)
+    assert read.summary()["clipped"] is (schema == 2)
+    assert read.key_center((0,), slice(0, 1)) is None is read.key_spread((0,), slice(0, 1))
+
+
+def test_a_file_that_an_older_version_wrote() -> None:
+    path = REASONER.parents[1] / "results" / "reasoner-2.5.pmkvq.safetensors"
+    read = artifact.load(path)
+    assert header_of(path)["schema"] == 2
+    assert read.transform == header_of(path)["transform"] and set(read.transforms) == {read.transform}
+    assert set(read.centers) == set(read.value_transforms) == {"none"}
+    assert len(read.transforms) == len(read.centers) == len(read.value_transforms) == read.num_layers
+    assert f"transform        {read.transform}" in table(read)
+
+
+@pytest.mark.parametrize(
+    ("schema", "change", "says"),
+    [
+        (2, {"transform": "mixed"}, "unknown transform 'mixed'"),
+        (2, {"centers": ["none", "none"]}, "missing or unknown"),
+        (3, {}, "missing or unknown"),
+    ],
+)
+def test_schemas_do_not_mix(path: Path, schema: int, change: dict[str, Any], says: str) -> None:
+    older(path, schema, **change)
+    with pytest.raises(ArtifactError, match=says):
+        artifact.load(path)
+
+
+def test_centres_of_an_older_schema_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    artifact.save(example(tensors=example().tensors), path)
+    tensors = load_file(path) | {name: layered().tensors[name] for name in ("key_center", "key_spread")}
+    header = {k: v for k, v in header_of(path).items() if k not in LAYER_FIELDS} | {"schema": 2}
+    rewrite(path, signed(header, tensors), tensors)
+    with pytest.raises(ArtifactError, match="disagree"):
+        artifact.load(path)
 
 
 def test_clip_factors_of_layers_and_heads(path: Path) -> None:
@@ -184,9 +270,17 @@ def signed(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, 
         ({"finals": [[4, 2]]}, "key_scale must be"),
         ({"finals": [[4]]}, "malformed header"),
         ({"group_size": 48}, "group size 48"),
-        ({"transform": "rotation"}, "unknown transform"),
-        ({"transform": "hadamard"}, "disagree"),
-        ({"transform": "none"}, "disagree"),
+        ({"transforms": ["rotation", "scale"]}, "unknown transform 'rotation'"),
+        ({"transforms": ["hadamard", "hadamard"]}, "disagree"),
+        ({"transforms": ["hadamard", "scale"]}, "key_scale of layer 0, whose transform is hadamard, must be 1"),
+        ({"transforms": ["scale"]}, "transforms has 1 names for 2 layers"),
+        ({"transforms": "scale"}, "malformed header"),
+        ({"transform": "hadamard"}, "disagrees with its layers"),
+        ({"centers": ["mean", "none"]}, "centers .* disagree"),
+        ({"centers": ["median", "none"]}, "unknown center 'median'"),
+        ({"centers": ["none", 1]}, "malformed header"),
+        ({"value_transforms": ["scale", "none"]}, "unknown value_transform 'scale'"),
+        ({"value_transforms": []}, "value_transforms has 0 names for 2 layers"),
         ({"bytes_per_token": 1}, "do not follow from the widths"),
         ({"surprise": 1}, "missing or unknown"),
     ],
@@ -199,9 +293,44 @@ def test_fields_that_do_not_fit(path: Path, change: dict[str, Any], says: str) -
         artifact.load(path)
 
 
+def with_tensor(name: str, tensor: np.ndarray | None) -> dict[str, np.ndarray]:
+    tensors = {k: t for k, t in layered().tensors.items() if k != name}
+    return tensors if tensor is None else tensors | {name: tensor}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "says"),
+    [
+        ("key_center", None, "centers .* disagree"),
+        ("key_spread", None, "centers .* disagree"),
+        ("key_center", np.ones((2, 2, 32), np.float32), "key_center must be float32"),
+        ("key_center", np.ones((2, 2, 64)), "key_center must be float32"),
+        ("key_center", np.full((2, 2, 64), np.inf, np.float32), "key_center must be finite"),
+        ("key_center", np.ones((2, 2, 64), np.float32), "key_center of layer 1, whose center is none"),
+        ("key_center", np.zeros((2, 2, 64), np.float32), "key_center of layer 0, whose center is mean"),
+        ("key_spread", np.ones((2, 1), np.float32), "key_spread must be float32"),
+        ("key_spread", np.full((2, 2), -1, np.float32), "key_spread must be finite and not negative"),
+        ("key_spread", np.full((2, 2), np.nan, np.float32), "key_spread must be finite and not negative"),
+        ("key_scale", np.full((2, 2, 64), 2, np.float32), "key_scale of layer 1, whose transform is hadamard"),
+    ],
+)
+def test_centres_that_do_not_fit(tmp_path: Path, name: str, tensor: np.ndarray | None, says: str) -> None:
+    with pytest.raises(ArtifactError, match=says):
+        artifact.save(layered(tensors=with_tensor(name, tensor)), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_centres_of_layers_and_heads(tmp_path: Path) -> None:
+    artifact.save(layered(), tmp_path / "x")
+    read = artifact.load(tmp_path / "x")
+    center, spread = read.key_center((1, 0), slice(1, 2)), read.key_spread((1, 0), slice(1, 2))
+    assert center is not None and np.array_equal(center, layered().tensors["key_center"][[1, 0], 1:])
+    assert spread is not None and np.array_equal(spread, layered().tensors["key_spread"][[1, 0], 1:])
+
+
 def test_rotated_keys_have_no_scales(tmp_path: Path) -> None:
     tensors = {name: t for name, t in example().tensors.items() if name != "key_scale"}
-    artifact.save(example(transform="hadamard", tensors=tensors), tmp_path / "x")
+    artifact.save(example("hadamard", tensors=tensors), tmp_path / "x")
     read = artifact.load(tmp_path / "x")
     assert (read.transform, example().transform) == ("hadamard", "scale")
     assert read.key_scale((0, 1), slice(0, 2)) is None and read.key_clip((0, 1), slice(0, 2)) is not None
@@ -301,10 +430,13 @@ JSON = st.recursive(
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(field=st.sampled_from([f.name for f in dataclasses.fields(Calibration) if f.name != "tensors"]), value=JSON)
+@given(
+    field=st.sampled_from(["transform", *(f.name for f in dataclasses.fields(Calibration) if f.name != "tensors")]),
+    value=JSON,
+)
 def test_any_value_in_a_signed_header_is_refused_or_usable(path: Path, field: str, value: object) -> None:
     """Whoever writes such a file can sign it, so a digest that is right proves nothing about its fields."""
-    artifact.save(example(), path)
+    artifact.save(layered(), path)
     tensors = load_file(path)
     header = header_of(path) | {field: value}
     try:
@@ -321,6 +453,8 @@ def test_any_value_in_a_signed_header_is_refused_or_usable(path: Path, field: st
     assert len(read.groups) >= 1
     assert read.key_scale((0,), slice(0, 1)) is not None
     assert read.key_clip((0,), slice(0, 1)) is not None
+    assert read.key_center((0,), slice(0, 1)) is not None
+    assert read.transform in (*KEY_TRANSFORMS, "mixed")
     with contextlib.suppress(ArtifactError):
         artifact.check_model(read, "f", CONFIG)
 

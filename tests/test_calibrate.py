@@ -11,15 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.harness.servers import REASONER
 from sglang_pmkvq import artifact
+from sglang_pmkvq.calib import reparam, sensitivity
 from sglang_pmkvq.calib import run as calib_run
-from sglang_pmkvq.calib import sensitivity
+from sglang_pmkvq.calib.candidates import Search, chosen_values
+from sglang_pmkvq.calib.corpus import Sample
+from sglang_pmkvq.calib.model import CalibrationModel, observing
 from sglang_pmkvq.calib.run import Settings, calibrate
+from sglang_pmkvq.calib.sensitivity import WIDTHS
 from sglang_pmkvq.calib.show import table
-from sglang_pmkvq.formats import GROUP_SIZES, LayerGroup, PageShape, geometry_for_pages, groups_from_finals
-from sglang_pmkvq.kernels.coding import NORMAL_CLIPS, Coding, Hadamard, Transform, Scaled
+from sglang_pmkvq.formats import (
+    GROUP_SIZES,
+    KEY_CENTERS,
+    KEY_TRANSFORMS,
+    LayerGroup,
+    PageShape,
+    geometry_for_pages,
+    groups_from_finals,
+)
+from sglang_pmkvq.kernels.coding import NORMAL_CLIPS, Coding, Hadamard, Scaled, Transform
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 from sglang_pmkvq.ledger import PolicyConfig
 from sglang_pmkvq.serving.calibration import load_for
@@ -47,7 +60,7 @@ def codings_of(
 def settings(model: Path, data: Path, **changes: Any) -> Settings:
     base = Settings(
         str(model), str(data), "3", samples=4, seq_len=32, effective="128", kl_samples=2, max_groups=3,
-        transform="scale",
+        transform="scale", center="none",
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
 
@@ -118,7 +131,7 @@ def test_interrupted_run_ends_the_same(
         calibrate(settings(model, data), out, quiet=True)
     assert not out.exists()
     work = tmp_path / "parts.safetensors.work"
-    assert {p.stem for p in work.iterdir()} >= {"ranges", "alphas", "clips", "taylor"}
+    assert {p.stem for p in work.iterdir()} >= {"ranges", "alphas", "codings", "taylor"}
     resumed = calibrate(settings(model, data), out, quiet=True)
     assert calls == 5  # two before, two after: nothing ran twice
     assert resumed.finals == whole.finals
@@ -126,6 +139,27 @@ def test_interrupted_run_ends_the_same(
     for name, tensor in whole.tensors.items():
         assert np.array_equal(resumed.tensors[name], tensor), name
     assert not work.exists()
+
+
+def test_partial_results_of_another_version_are_not_used(
+    small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accumulators of the same name and shape may have meant something else."""
+    model, data = small
+    work = tmp_path / "work"
+    with monkeypatch.context() as older:
+        older.setattr(calib_run, "STATE_VERSION", 1)
+        calibrate(settings(model, data), tmp_path / "a", work, quiet=True)
+    real, calls = sensitivity.observe_taylor, 0
+
+    def counting(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        real(*args)
+
+    monkeypatch.setattr(sensitivity, "observe_taylor", counting)
+    calibrate(settings(model, data), tmp_path / "b", work, quiet=True)
+    assert calls == 4
 
 
 def test_partial_results_of_other_data_are_not_used(small: tuple[Path, Path], tmp_path: Path) -> None:
@@ -172,16 +206,201 @@ def test_rotated_keys(small: tuple[Path, Path], tmp_path: Path, monkeypatch: pyt
         calibrate(settings(model, data, transform=name, target="2"), tmp_path / name, quiet=True)
         for name in ("hadamard", "none")
     )
-    assert "key_scale" not in got.tensors and got.report["alphas"] is None
+    assert "key_scale" not in got.tensors and "key_center" not in got.tensors
     for name in ("taylor", "kl"):
         assert (got.tensors[name][:, 0] != plain.tensors[name][:, 0]).all(), name
         assert np.array_equal(got.tensors[name][:, 1], plain.tensors[name][:, 1]), name
     assert not np.array_equal(got.tensors["key_clip"], plain.tensors["key_clip"])
     read = artifact.load(tmp_path / "hadamard")
     assert (read.transform, plain.transform) == ("hadamard", "none")
+    assert set(read.transforms) == {"hadamard"} and read.report["alphas"] == [None] * 3
+    assert read.centers == ("none",) * 3
     assert read.summary()["transform"] == "hadamard" and read.summary()["clipped"]
     assert "transform        hadamard" in table(read)
     assert [c.key_transform for c in codings_of(read, read.groups)] == [Hadamard(64)] * len(read.groups)
+
+
+# --- the choice, layer by layer ---
+
+# A bias of a few rotary pairs that turn slowly, as real models have it, far above all that varies.
+BIAS = {channel: 200.0 * (-1) ** channel for channel in (*range(24, 32), *range(56, 64))}
+
+
+def bias_keys(model: Path, layer: int, pairs: dict[int, float]) -> Path:
+    """Give one layer a key bias of these channels and all others none."""
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("k_proj.bias"):
+            tensor.zero_()
+            if f".{layer}." in name:
+                for channel, value in pairs.items():
+                    tensor.view(-1, 64)[:, channel] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(model, data): layer 1 of 3 has a key bias."""
+    folder = tmp_path_factory.mktemp("biased")
+    model = bias_keys(make_model(folder / "model", "qwen2", layers=3), 1, BIAS)
+    return model, token_file(folder / "d.jsonl", length=80)
+
+
+AUTO: dict[str, Any] = {"transform": "auto", "center": "auto", "seq_len": 64, "effective": "256"}
+
+
+@pytest.fixture(scope="module")
+def chosen(biased: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, artifact.Calibration]:
+    """(file, what is in it) of a choice among everything, at 4 bits."""
+    path = tmp_path_factory.mktemp("c") / "c.safetensors"
+    return path, calibrate(settings(*biased, target="4", widths=(4,), **AUTO), path, quiet=True)
+
+
+@pytest.mark.slow
+def test_a_biased_layer_is_centred(chosen: tuple[Path, artifact.Calibration]) -> None:
+    """By what was measured: at 4 bits the error is far below that of all that is done around no centre."""
+    got = chosen[1]
+    assert got.finals == ((4, 4),) * 3
+    assert got.centers[1] in ("bias", "mean")
+    assert got.report["center_pairs"][1] >= 8
+    errors = got.report["key_errors"][1]
+    assert set(errors) == {f"{c}+{t}" for c in KEY_CENTERS for t in KEY_TRANSFORMS}
+    best = errors[f"{got.centers[1]}+{got.transforms[1]}"]
+    assert best == min(errors.values())
+    assert best * 10 <= min(error for name, error in errors.items() if name.startswith("none"))
+
+
+def test_the_choice_is_the_least_error_of_each_layer(chosen: tuple[Path, artifact.Calibration]) -> None:
+    """Nothing is chosen unmeasured, and no layer without a bias has one for a centre."""
+    path, got = chosen
+    for layer, errors in enumerate(got.report["key_errors"]):
+        assert errors[f"{got.centers[layer]}+{got.transforms[layer]}"] == min(errors.values())
+        assert any(name.startswith("bias") for name in errors) == (layer == 1)
+        assert (got.report["alphas"][layer] is not None) == (got.transforms[layer] == "scale")
+        assert (got.report["center_pairs"][layer] > 0) == (got.centers[layer] != "none")
+    text = table(artifact.load(path)).splitlines()
+    assert text[-2].split()[:5] == ["1", "4", "4", got.transforms[1], got.centers[1]]
+
+
+def test_a_centred_file_is_read_back_as_it_was_measured(
+    biased: tuple[Path, Path], chosen: tuple[Path, artifact.Calibration]
+) -> None:
+    """The coding that the server makes of the file leaves keys as close as calibration said: centred ones."""
+    model = CalibrationModel.load(str(biased[0]))
+    read, rotary = artifact.load(chosen[0]), model.rotary(64)
+    with pytest.raises(ValueError, match="the calibration centres keys, and the model has no rotary table"):
+        Coding.from_calibration(read, (0, 1, 2), slice(0, 2))
+    coding = Coding.from_calibration(read, (0, 1, 2), slice(0, 2), rotary)
+    assert coding.center is not None
+    assert [8 * len(blocks) for blocks in coding.center.blocks] == read.report["center_pairs"]
+    sample = Sample(np.random.default_rng(5).integers(2, 512, 64))
+
+    def observer(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer == 1:
+            off, plain = (
+                (fake_quantize(k[0].float(), 4, 64, c) - k[0]).abs().max() for c in (coding.pick(1), Coding())
+            )
+            assert off * 8 < plain
+        return k, v
+
+    with observing(observer):
+        model.hidden(sample)
+    alone = Coding.from_calibration(read, (2, 1), slice(1, 2), rotary)  # another group, another rank
+    assert alone.center is not None
+    assert torch.equal(alone.center.vector[1], coding.center.vector[1][1:])
+
+
+@pytest.mark.parametrize("transform", KEY_TRANSFORMS)
+@pytest.mark.parametrize("center", KEY_CENTERS)
+def test_a_name_restricts_the_choice(
+    biased: tuple[Path, Path], tmp_path: Path, transform: str, center: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a centre is too small to be one, keys stay around none. No α is tried where nothing is scaled."""
+    if transform != "scale":
+        monkeypatch.setattr("sglang_pmkvq.calib.reparam.observe_alphas", None)
+    changes = {**AUTO, "transform": transform, "center": center, "sensitivity": "taylor", "kl_samples": 0}
+    got = calibrate(settings(*biased, target="2", samples=2, **changes), tmp_path / "a", quiet=True)
+    assert set(got.transforms) == {transform} == {got.transform}
+    assert got.centers[1] == center and set(got.centers) <= {"none", center}
+    if center == "bias":
+        assert got.centers == ("none", "bias", "none")
+        bias = load_file(biased[0] / "model.safetensors")["model.layers.1.self_attn.k_proj.bias"]
+        assert np.array_equal(got.tensors["key_center"][1], bias.float().view(2, 64).numpy())
+    assert ("key_scale" in got.tensors) == (transform == "scale")
+    assert ("key_center" in got.tensors) == ("key_spread" in got.tensors) == (center != "none")
+    assert got.tensors["key_clip"].min() < 1
+    assert artifact.load(tmp_path / "a").summary()["centers"] == got.summary()["centers"]
+
+
+def test_scales_that_break_a_layer_are_not_chosen(tmp_path: Path) -> None:
+    """The two channels of a huge pair end the range of their group, so plain codes have them exactly; scaled by their
+    maxima they are in its middle, where a step is large, and queries that look at that pair miss. Just short of α = 1
+    is best, α = 1 worse than no scale: the choice must see it."""
+    model = bias_keys(make_model(tmp_path / "m", "qwen2", layers=2), 1, {28: 50.0, 60: -50.0})
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.bias"].view(-1, 64)[:, [28, 60]] = torch.tensor([30.0, -30.0]).bfloat16()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    data = token_file(tmp_path / "d.jsonl", length=80)
+    changes = {**AUTO, "transform": "scale", "center": "none", "sensitivity": "taylor", "kl_samples": 0}
+    work = tmp_path / "work"
+    got = calibrate(settings(model, data, target="4", widths=(4,), **changes), tmp_path / "a", work, quiet=True)
+    by_alpha = load_file(work / "alphas.safetensors")["error"][0, 1].sum(0)[WIDTHS.index(4)]
+    assert by_alpha[-1] > by_alpha[0] and by_alpha[-1] > 50 * by_alpha.min()
+    assert max(got.report["alphas"][1]) < 1
+    auto = calibrate(
+        settings(model, data, target="4", widths=(4,), **changes | {"transform": "auto"}), tmp_path / "b", quiet=True
+    )
+    errors = auto.report["key_errors"][1]
+    assert errors[f"none+{auto.transforms[1]}"] == min(errors.values())
+    assert errors["none+scale"] == got.report["key_errors"][1]["none+scale"] < errors["none+none"] / 5
+
+
+def test_choices_prefer_the_simpler_on_a_tie(biased: tuple[Path, Path]) -> None:
+    search = Search(("none", "hadamard"), KEY_CENTERS, {}, {}, {}, 64)
+    state = {"keys": torch.ones(2, 1, 2, 3, 13, dtype=torch.float64), "energy": torch.ones(2, 1, dtype=torch.float64)}
+    state["keys"][1, :, 1, 0] = 0.5
+    state["values"] = torch.ones(2, 1, 2, 3, dtype=torch.float64)
+    got = search.chosen(state, (0, 0))
+    assert got.transforms == ("none", "hadamard") and got.centers == ("none", "none")
+    assert search.chosen(state, (1, None)).transforms == ("none", "none")
+    assert chosen_values(state, (0, 2)) == ("none", "none")
+    state["values"][0, :, 1, 2] = 0.9
+    assert chosen_values(state, (2, 2)) == ("hadamard", "none")
+    assert chosen_values(state, (None, 0)) == ("none", "none")
+
+
+def test_heads_have_their_own_clip_factors_and_layers_one_transform() -> None:
+    """The least sum over heads of what each head has at its best factor."""
+    state = {"keys": torch.full((1, 2, 2, 3, 13), 9.0, dtype=torch.float64), "energy": torch.ones(1, 2)}
+    state["keys"][0, 0, 0, 2, 3] = 1.0
+    state["keys"][0, 1, 0, 2, 5] = 4.0
+    state["keys"][0, 0, 1, 2, 0] = 3.0
+    state["keys"][0, 1, 1, 2, 7] = 1.5
+    search = Search(("none", "hadamard"), KEY_CENTERS, {}, {}, {}, 64)
+    got = search.chosen(state, (2,))
+    assert got.transforms == ("hadamard",)
+    assert got.clip.tolist() == [[1.0, pytest.approx(reparam.CLIPS[7])]]
+
+
+def test_what_measures_best_serves_sensitivities_and_file_alike(biased: tuple[Path, Path], tmp_path: Path) -> None:
+    """Widths apart: the file has for each layer the choice at the width that it ends at."""
+    work = tmp_path / "work"
+    changes = {**AUTO, "sensitivity": "taylor", "kl_samples": 0}
+    uniform = {
+        bits: calibrate(settings(*biased, target=str(bits), widths=(bits,), **changes), tmp_path / "u", work, True)
+        for bits in (2, 4, 8)
+    }
+    mixed = calibrate(settings(*biased, target="3.5", **changes), tmp_path / "m", work, quiet=True)
+    assert len(set(mixed.finals)) > 1
+    for layer, (k_bits, v_bits) in enumerate(mixed.finals):
+        keys, values = uniform[k_bits], uniform[v_bits]
+        assert (mixed.transforms[layer], mixed.centers[layer]) == (keys.transforms[layer], keys.centers[layer])
+        assert mixed.value_transforms[layer] == values.value_transforms[layer]
+        if k_bits == 2:
+            assert np.array_equal(mixed.tensors["key_clip"][layer], keys.tensors["key_clip"][layer])
+        if mixed.transforms[layer] == "scale":
+            assert np.array_equal(mixed.tensors["key_scale"][layer], keys.tensors["key_scale"][layer])
 
 
 def test_without_clipping(small: tuple[Path, Path], tmp_path: Path) -> None:
@@ -200,6 +419,8 @@ def test_without_clipping(small: tuple[Path, Path], tmp_path: Path) -> None:
     [
         ({"transform": "rotation"}, "--transform rotation: rotations fitted to a covariance did not help"),
         ({"transform": "pca"}, "--transform pca"),
+        ({"center": "median"}, "--center median: expected one of auto, none, bias, mean"),
+        ({"center": "bias"}, "--center bias: the keys of this model have no bias; use mean, none or auto"),
         ({"sensitivity": "hessian"}, "--sensitivity hessian"),
         ({"sensitivity": "kl", "kl_samples": 0}, "--kl-samples"),
         ({"widths": (2, 3)}, "--widths 2,3"),
@@ -243,6 +464,7 @@ def test_commands(small: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captu
     shown = capsys.readouterr().out
     for word in ("bytes per token", "layer group", "Spearman", "K at 2", "sha256", "loss", "clip"):
         assert word in shown
+    assert "  transform centre   J  values " in shown
     assert (tmp_path / "p.png").stat().st_size > 5000
     assert main([*line[:-1], "1", "--target-bits", "1B"]) == 2
     assert "infeasible" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,17 @@ from sglang_pmkvq.kernels.coding import (
     NORMAL_CLIPS,
     Coding,
     Hadamard,
-    Transform,
+    PerLayer,
     Scaled,
+    Transform,
     clip_edges,
     key_transform,
     query_rotation,
 )
 from sglang_pmkvq.kernels.reference import codes as reference
-from tests.test_artifact import example
+from sglang_pmkvq.kernels.reference.inputs import random_center
+from sglang_pmkvq.kernels.rotary import RotaryTable, on_one_table, rounded
+from tests.test_artifact import example, layered
 
 L, H, P = 3, 2, 16
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -134,8 +138,8 @@ def test_edges_are_those_of_the_clip_factors() -> None:
     edges = Coding(key_clip=clip).edges(K)
     assert edges is not None and edges.dtype == torch.int32
     assert torch.equal(edges, clip_edges(clip))
-    assert Coding(key_clip=clip).read_arguments(1)["key_clip"].tolist() == clip[1].tolist()
-    assert Coding().edges(K) is None and Coding().read_arguments(0) == {"key_clip": None}
+    assert Coding(key_clip=clip).read_arguments(1, L)["key_clip"].tolist() == clip[1].tolist()  # type: ignore[attr-defined]
+    assert Coding().edges(K) is None and Coding().read_arguments(0, L)["key_clip"] is None
     coding = Coding(key_clip=clip)
     assert coding.edges(K) is coding.edges(K), "made at every wave"
 
@@ -143,15 +147,76 @@ def test_edges_are_those_of_the_clip_factors() -> None:
 @pytest.mark.parametrize("clip", [None, clips_of()])
 @pytest.mark.parametrize("name", KEY_TRANSFORMS)
 def test_arguments_of_the_copy_kernel(name: str, clip: torch.Tensor | None) -> None:
-    """Of one set of names whatever the coding; an arena of values alone has nothing of it."""
+    """Of one set of names whatever the coding; an arena of values alone has nothing of what is done to keys."""
     transform = transform_of(name, 128)
     coding = Coding(transform, clip)
-    got = coding.copy_arguments(K)
-    assert set(got) == {"scale0", "ROTATE", "edges0"}
+    arguments = partial(coding.copy_arguments, layers=L, shape=PageShape(P, H, 128, 128), device=torch.device("cpu"))
+    got = arguments((K,))
     assert got["scale0"] is (transform.scale if isinstance(transform, Scaled) else None)
     assert got["ROTATE"] == (2.0**-4 if name == "hadamard" else 0.0)  # 128 = 2^(4 + 3)
-    assert got["edges0"] is coding.edges(K)
-    assert coding.copy_arguments(V) == {"scale0": None, "ROTATE": 0.0, "edges0": None}
+    flags = got["rotated0"]
+    assert flags.tolist() == [1] * L if isinstance(flags, torch.Tensor) else name != "hadamard"
+    assert got["edges0"] is coding.edges(K) and got["rotated1"] is got["center0"] is None
+    assert arguments((K, V))["rotated1"] is None
+    none = arguments((V,))
+    assert set(none) == set(got) and none.pop("ROTATE") == 0.0 and set(none.values()) == {None}
+    assert arguments((K,)) is got, "made at every wave"
+
+
+@pytest.mark.parametrize("sides", [(K, V), (K,), (V,)])
+def test_rotated_layers_by_side(sides: tuple[int, ...]) -> None:
+    """Transforms differ from layer to layer and from side to side; a layer that is not scaled is divided by 1."""
+    scale = transform_of("scale", 64)
+    mixed = PerLayer((Hadamard(64), scale.pick(slice(1, 2)), Transform()))
+    coding = Coding(mixed, value_transform=PerLayer((Transform(), Hadamard(64), Hadamard(64))))
+    got = coding.copy_arguments(sides, L, PageShape(P, H, 64, 64), torch.device("cpu"))
+    flags = {K: [1, 0, 0], V: [0, 1, 1]}
+    for name, side in zip(("rotated0", "rotated1"), sides, strict=False):
+        assert isinstance(got[name], torch.Tensor) and got[name].tolist() == flags[side]
+        assert got[name].dtype == torch.int32
+    assert got["ROTATE"] == 2.0**-3
+    assert isinstance(scale, Scaled)
+    if sides[0] == K:
+        want = torch.stack([torch.ones(H, 64), scale.scale[1], torch.ones(H, 64)])
+        assert isinstance(got["scale0"], torch.Tensor) and torch.equal(got["scale0"], want)
+    else:
+        assert got["scale0"] is got["rotated1"] is None
+    assert [coding.read_arguments(layer, L)["TURN_VALUES"] for layer in range(L)] == [False, True, True]
+
+
+@pytest.mark.parametrize("style", ["neox", "interleaved", "partial"])
+def test_arguments_of_a_centre(style: str) -> None:
+    """The very tensors of the centre, which are filled in place, and what they say is R_m c and q·R_m c."""
+    (center,) = on_one_table([random_center(3, L, PageShape(P, H, 64, 64), 80, style)], "cpu", torch.float16)
+    assert center is not None
+    coding = Coding(center=center)
+    copy = coding.copy_arguments((K, V), L, PageShape(P, H, 64, 64), torch.device("cpu"))
+    assert copy["center0"] is center.factors and copy["center_stride"] == L * H * 64
+    assert copy["rotary"] is center.rotary.values and copy["channel_at"] is center.rotary.channel_at
+    flat, m = center.rotary.values.flatten(), 37
+    at = center.rotary.channel_at.long() + m * 16
+    got = center.factors[0] * flat[at] + center.factors[1] * flat[at + 8]
+    want = torch.stack([reference_center(coding, layer, m) for layer in range(L)])
+    assert torch.equal(got, want)
+    q = torch.randn(H, 3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for layer in range(L):
+        read = coding.read_arguments(layer, L)
+        n = len(center.blocks[layer])
+        assert read["CENTER_BLOCKS"] == n == coding.center_blocks(layer)
+        if not n:
+            assert read["center"] is read["center_places"] is read["rotary"] is None
+            continue
+        assert read["center_places"] is center.places[layer] and read["rotary"] is center.rotary.values
+        assert read["center"].data_ptr() == center.factors[0, layer].data_ptr()  # type: ignore[attr-defined]
+        channels = center.rotary.block_channels[center.places[layer]].long().view(n, 2, 8)
+        products = q.float() * center.factors[:, layer, :, None]  # [2, H, M, D]
+        rows = products[..., channels[:, 0]] + products[..., channels[:, 1]]  # [2, H, M, n, 8]
+        assert torch.equal(rows.movedim(0, -2).flatten(2), coding.center_queries(q, layer))  # type: ignore[arg-type]
+
+
+def reference_center(coding: Coding, layer: int, position: int) -> torch.Tensor:
+    term = reference.center_term(coding.pick(layer), torch.tensor([position]))
+    return torch.zeros(H, 64) if term is None else term[:, 0]
 
 
 # -- parts of a coding ---------------------------------------------------------------------------------------
@@ -259,6 +324,30 @@ def test_a_coding_cannot_be_changed() -> None:
 
 
 # -- where codings come from ---------------------------------------------------------------------------------
+
+
+def test_a_calibration_of_layers_that_differ() -> None:
+    """Each layer its transforms and its centre, whatever the group's order and the rank's heads."""
+    calibration, turn = layered(), torch.arange(96)[:, None] * torch.rand(32)
+    rotary = RotaryTable.of(turn.cos(), turn.sin(), 64)
+    vector = torch.from_numpy(calibration.tensors["key_center"])
+    scale = torch.from_numpy(calibration.tensors["key_scale"])
+    with pytest.raises(ValueError, match="the calibration centres keys, and the model has no rotary table"):
+        Coding.from_calibration(calibration, (1, 0), slice(0, 2))
+    assert Coding.from_calibration(calibration, (1,), slice(0, 2)).center is None  # this group needs none
+    for layers in ((0, 1), (1, 0)):
+        for heads in (slice(0, 2), slice(1, 2)):
+            coding = Coding.from_calibration(calibration, layers, heads, rotary)
+            first = layers.index(0)
+            assert isinstance(coding.key_transform, PerLayer) and isinstance(coding.value_transform, PerLayer)
+            assert coding.key_transform.rotated(2)[1 - first] and not coding.key_transform.rotated(2)[first]
+            assert coding.value_transform.rotated(2) == coding.key_transform.rotated(2)
+            own = coding.key_transform.pick(first)
+            assert isinstance(own, Scaled) and torch.equal(own.scale, scale[0, heads])
+            assert coding.center is not None and coding.center.blocks[1 - first] == ()
+            assert torch.equal(coding.center.vector[first], rounded(vector[0, heads]))  # spread is small: all blocks
+            shape = PageShape(16, heads.stop - heads.start, 64, 64)
+            coding.for_group(LayerGroup(layers, 4, 2), shape, "cpu")  # fits
 
 
 @pytest.mark.parametrize("clipped", [False, True])

@@ -47,11 +47,24 @@ def test_decode_and_extend(finals, shape, dtype):
     check_extend(inputs, [0, 0, p - 1, 1, p + 2, WINDOW - 40, WINDOW, 690], device="cuda")
 
 
+@pytest.mark.parametrize("finals,shape,dtype", list(product(FINALS, SHAPES, DTYPES)))
+def test_centred_keys_and_rotated_values(finals, shape, dtype):
+    p, h, d, g, per_head = shape
+    lens = [*boundary_lens(p), WINDOW + 1, 700]
+    center = ("neox", "interleaved", "partial")[finals[1] % 3]
+    more = {"query_heads": h * per_head, "dtype": dtype, "clip": p == 16, "center": center}
+    more |= {"transform": "hadamard", "value_transform": "hadamard"}
+    inputs = make_inputs(d, PageShape(p, h, d, g), LayerGroup((0, 1, 2), *finals), lens, **more)
+    check_decode(inputs, device="cuda")
+    check_extend(inputs, [0, 0, p - 1, 1, p + 2, WINDOW - 40, 690], device="cuda")
+
+
 @pytest.mark.parametrize("src,dst", [(16, 16), (8, 8), (16, 8), (16, 4), (16, 2), (8, 4), (8, 2), (4, 2)])
 @pytest.mark.parametrize("transform,clip", [("scale", False), ("scale", True), ("hadamard", False)])
-def test_copies_leave_the_bytes_of_the_torch_path(src, dst, transform, clip):
-    group = LayerGroup((0, 1), 2, 2)
-    more = {"transform": transform, "clip": clip}
+@pytest.mark.parametrize("center,values", [(None, "none"), ("neox", "hadamard"), ("interleaved", "none")])
+def test_copies_leave_the_bytes_of_the_torch_path(src, dst, transform, clip, center, values):
+    group = LayerGroup((0, 1, 2), 2, 2)
+    more = {"transform": transform, "clip": clip, "center": center, "value_transform": values}
     inputs = make_inputs(3, PageShape(16, 3, 128, 64), group, [16 * 9], steps=0, **more)
     storages = [inputs.storage, on_device(inputs.storage, "cuda")]
     pages, units = np.array(inputs.pages(0)), np.arange(9) * 8

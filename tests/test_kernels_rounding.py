@@ -9,7 +9,7 @@ import torch
 
 from sglang_pmkvq.kernels.cpu import codes as codec
 from sglang_pmkvq.kernels.reference.attention import attention
-from sglang_pmkvq.kernels.reference.rounding import attention_on_codes, attention_on_values, dequantized
+from sglang_pmkvq.kernels.reference.rounding import attention_on_codes, attention_on_values, center_scores, dequantized
 from sglang_pmkvq.kernels.triton.codes import code_bias, code_step, widen_asm
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -39,6 +39,28 @@ def test_rounded_weights_stay_within_the_tolerance(dtype):
     q, k, v = torch.randn(3, 1000, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     want, _ = attention(q[:1].unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), 128**-0.5)
     assert relative(attention_on_values(q[0], k, v, 128**-0.5, dtype), want.flatten()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype,loses,keeps", [(torch.bfloat16, 0.5, 4e-3), (torch.float16, 0.05, 5e-4)])
+def test_a_centres_query_needs_two_parts(dtype, loses, keeps):
+    """A key bias of 350 in one slow pair, as the layers of Qwen2.5 have it, and queries of 8 per channel.
+
+    Errors of logits, the largest of many queries: one rounding would be more than codes lose.
+    """
+    gen = torch.Generator().manual_seed(0)
+    angle = torch.arange(512)[:, None] * 1e6 ** (-torch.arange(56, 64) / 64)
+    rows = torch.cat((angle.cos(), angle.sin()), 1).to(dtype)
+    c1, c2 = torch.randn(2, 8, generator=gen) * 10
+    c1[4], c2[4] = 315.0, 150.0
+    error = {1: 0.0, 2: 0.0}
+    for _ in range(50):
+        first, second = (torch.randn(2, 8, generator=gen) * 8).to(dtype).float()
+        q_center = torch.cat((first * c1 + second * c2, second * c1 - first * c2))
+        want = rows.double() @ q_center.double()
+        for parts in error:
+            got = center_scores(q_center, rows, dtype, parts)
+            error[parts] = max(error[parts], float((got - want).abs().max()) * 128**-0.5)
+    assert error[1] > loses and error[2] < keeps, error
 
 
 def execute(ptx: str, word: int) -> list[int]:

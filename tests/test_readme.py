@@ -1,8 +1,8 @@
 """Every command of the README runs as it is written there.
 
 ``bash`` and ``python`` blocks are run in order, in the repository root. A server command stays up for
-the commands after it and is ended before the next one. Left out: ``make test`` (this suite) and what
-is marked ``# needs GPU`` on a machine without one.
+the commands after it and is ended before the next one. Left out: ``make test`` (this suite), what
+is marked ``# needs GPU`` on a machine without one, and what fetches a model where no package registry answers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,13 @@ import pytest
 
 from benchmarks.reasoner import task
 from sglang_pmkvq.tools import demo
+from tests.support.real_models import registry_answers
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 NEEDS_GPU = "# needs GPU"
+# SGLang cannot serve these models without their weights, which come from the package registry.
+NEEDS_REGISTRY = re.compile(r"\bmake serve MODEL=|\bmodels get\b")
 SUITE = re.compile(r"^make (test|test-full)\b")
 SERVER = re.compile(r"\bmake serve\b|sglang\.launch_server|\bsglang serve\b|\bserve-demo\b")
 START_TIMEOUT_S = 900
@@ -43,7 +47,11 @@ class Command:
 
     @property
     def skipped(self) -> bool:
-        return bool(SUITE.match(self.text)) or NEEDS_GPU in self.text
+        return (
+            bool(SUITE.match(self.text))
+            or NEEDS_GPU in self.text
+            or (bool(NEEDS_REGISTRY.search(self.text)) and not registry_answers())
+        )
 
     @property
     def is_server(self) -> bool:
@@ -114,9 +122,13 @@ def test_links_of_the_readme_lead_somewhere() -> None:
             assert (ROOT / link).exists(), link
 
 
-def users_environment() -> dict[str, str]:
-    """Nothing set that this test run needed for itself: what CPU mode needs, the commands must see to."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "PYTEST_"))}
+def users_environment(tmp_path: Path) -> dict[str, str]:
+    """Nothing set that this test run needed for itself: what CPU mode needs, the commands must see to.
+
+    The cache of models is empty, as a new user's.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "PYTEST_"))}
+    return {**kept, "PMKVQ_MODELS": str(tmp_path / "models")}
 
 
 class Server:
@@ -128,7 +140,7 @@ class Server:
             self.process = subprocess.Popen(
                 ["bash", "-c", command.text],
                 cwd=ROOT,
-                env=users_environment(),
+                env=users_environment(log.parent),
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
@@ -189,14 +201,13 @@ def check_output(command: Command, output: str) -> None:
     assert task.check(problem, answer), answer
 
 
-def check_demo(server: Server) -> None:
+def check_demo(server: Server, examples: Sequence[demo.Example]) -> None:
     """The printed problems, pasted one after the other: right answers, and pages that shrink where one can see it."""
     deadline = time.monotonic() + 60
     while "metrics" not in server.log.read_text(errors="replace").partition("curl ")[2]:
         assert time.monotonic() < deadline, f"nothing to paste was printed:\n{server.tail()}"
         time.sleep(0.5)
     printed = re.findall(r"^\s*(curl .*/v1/chat/completions .*)$", server.log.read_text(), re.MULTILINE)
-    examples = demo.examples(demo.BUNDLED_MODEL)
     assert len(printed) == len(examples)
     for line, example in zip(printed, examples, strict=True):
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=600, check=True)
@@ -228,7 +239,9 @@ def test_commands_run_as_written(tmp_path: Path) -> None:
                 server = Server(command, tmp_path / f"server-{command.line}.log")
                 server.wait_healthy()
                 if command.text == "make serve":
-                    check_demo(server)
+                    check_demo(server, demo.examples(demo.BUNDLED_MODEL))
+                elif command.text.startswith("make serve MODEL="):
+                    check_demo(server, demo.CHAT_EXAMPLES)
                 continue
             if command.language == "python":
                 script = tmp_path / f"readme_{command.line}.py"
@@ -236,7 +249,7 @@ def test_commands_run_as_written(tmp_path: Path) -> None:
                 arguments = [str(ROOT / ".venv" / "bin" / "python"), str(script)]
             else:
                 arguments = ["bash", "-o", "pipefail", "-c", command.text]
-            env = users_environment()
+            env = users_environment(tmp_path)
             done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
             where = f"README.md:{command.line}: {command.text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
             assert done.returncode == 0, where

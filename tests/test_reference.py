@@ -7,7 +7,7 @@ import torch
 
 from sglang_pmkvq.formats import HEAD_DIMS, SIDES, LayerGroup, PageShape
 from sglang_pmkvq.kernels import coding
-from sglang_pmkvq.kernels.coding import Coding, Hadamard, Transform, Scaled
+from sglang_pmkvq.kernels.coding import Coding, Hadamard, Scaled, Transform
 from sglang_pmkvq.kernels.reference import codes as ref
 from sglang_pmkvq.kernels.reference.attention import attention, read_page
 from sglang_pmkvq.kernels.reference.inputs import make_inputs

@@ -34,7 +34,7 @@ def test_bundled_model_is_calibrated_and_answers(transform: str, narrow: int, tm
     path = tmp_path / "c.safetensors"
     settings = Settings(
         str(REASONER), "builtin", "5", samples=2, seq_len=400, effective="1600", widths=(4, 8), kl_samples=1,
-        transform=transform,
+        transform=transform, center="none",
     )  # fmt: skip
     made = calibrate(settings, path, quiet=True)
     finals = (*made.finals[:-narrow], *((2, v) for _, v in made.finals[-narrow:]))
@@ -66,7 +66,8 @@ def test_bundled_model_is_calibrated_and_answers(transform: str, narrow: int, tm
     model = load(REASONER)
     plain, whole = (dataclasses.replace(case, calibration=str(tmp_path / name)) for name in ("plain", "whole"))
     tensors = {k: t for k, t in made.tensors.items() if k != "key_scale"}
-    artifact.save(dataclasses.replace(made, transform="none", tensors=tensors), plain.calibration)
+    nothing = ("none",) * made.num_layers
+    artifact.save(dataclasses.replace(made, transforms=nothing, tensors=tensors), plain.calibration)
     tensors = {k: t for k, t in made.tensors.items() if k != "key_clip"}
     artifact.save(dataclasses.replace(made, tensors=tensors), whole.calibration)
     as_served, untransformed, unclipped = (
@@ -123,7 +124,7 @@ def calibrated(architecture: str, folder: Path) -> tuple[Path, Path]:
     (folder / "d.jsonl").write_text("\n".join(rows))
     settings = Settings(
         str(model), str(folder / "d.jsonl"), "3", samples=4, seq_len=64, effective="256", kl_samples=2,
-        transform="scale",
+        transform="scale", center="none",
     )  # fmt: skip
     assert len(calibrate(settings, folder / "c", quiet=True).groups) > 1
     return model, folder / "c"

@@ -64,7 +64,9 @@ def check_row(config: Config, row: dict[str, int]) -> None:
     else:
         assert row["spills"] == 0
     if config.kernel == "decode" and config.head_dim == 128:
-        assert row["spills"] == 0 and row["stack"] == 0
+        # To turn sums of values ptxas may keep one address for the end, outside the loops.
+        aside = config.values != "none"
+        assert row["spills"] <= 2 * aside and row["stack"] <= 8 * aside
     # No conversion per element where codes fit the mantissa: what remains is index arithmetic.
     if config.kernel == "decode" and config.dtype == "fp16":
         assert row["conversions"] < 8
@@ -115,13 +117,21 @@ def test_a_run_binds_its_arguments_and_compiles_the_same_code(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("finals", [(2, 2), (8, 8)])
-@pytest.mark.parametrize("transform,clip", [("scale", True), ("hadamard", False)])
-def test_the_quantizer_is_not_contracted_or_approximated(finals: tuple[int, int], transform: str, clip: bool) -> None:
-    """Bit-exact codes need correctly rounded divisions, no fused multiply-add and no flushed subnormals."""
-    launch = kernels_aot.launches(Config("copy", 90, finals=finals, transform=transform, clip=clip))["copy"]
+@pytest.mark.parametrize("transform,clip,center", [("scale", True, 0), ("hadamard", False, 0), ("none", False, 1)])
+def test_the_quantizer_is_not_contracted_or_approximated(
+    finals: tuple[int, int], transform: str, clip: bool, center: int
+) -> None:
+    """Bit-exact codes need correctly rounded divisions, no fused multiply-add and no flushed subnormals.
+
+    But for a centre: its products are exact, and two of them are added, so there one in each sum may be fused.
+    """
+    config = Config("copy", 90, finals=finals, transform=transform, clip=clip, center=center)
+    launch = kernels_aot.launches(config)["copy"]
     ptx = kernels_aot.compile_launch(launch, 90).asm["ptx"]
     assert "div.rn.f32" in ptx
-    assert not any(word in ptx for word in ("fma.", "div.full", "div.approx", "rcp.", ".ftz"))
+    assert not any(word in ptx for word in ("div.full", "div.approx", "rcp.", ".ftz"))
+    products, fused = ptx.count("mul.f32") + ptx.count("mul.rn.f32"), ptx.count("fma.")
+    assert fused == 0 if not center else 0 < fused <= products
 
 
 def test_table_is_complete_and_has_the_promised_properties() -> None:

@@ -64,6 +64,8 @@ def on_device(storage: GroupStorage, device: str) -> GroupStorage:
     arenas, meta = (tuple(None if t is None else t.to(device) for t in x) for x in (storage.arenas, storage.meta))
     counters = ("overflow_groups", "dropped_rows", "unmapped_reads")
     others = {name: getattr(storage, name).to(device) for name in ("table", *counters)}
+    columns = storage.page_columns
+    others["page_columns"] = None if columns is None else columns.to(device)
     return dataclasses.replace(storage, arenas=arenas, meta=meta, coding=storage.coding.on(device), **others)
 
 
@@ -79,12 +81,18 @@ def fenced(storage: GroupStorage) -> tuple[GroupStorage, list[torch.Tensor]]:
 
     old = storage.coding
     transform, clip = old.key_transform, inner(old.key_clip)
-    coding = Coding(Scaled(inner(transform.scale)) if isinstance(transform, Scaled) else transform, clip)
+    keys = Scaled(inner(transform.scale)) if isinstance(transform, Scaled) else transform
+    coding = Coding(keys, clip, old.value_transform, old.center)
+    if old.center is not None:
+        # What is written of a centre is its page columns alone; of what is read a copy shows what is read beyond it.
+        rotary = dataclasses.replace(old.center.rotary, values=inner(old.center.rotary.values))
+        coding = dataclasses.replace(coding, center=dataclasses.replace(old.center, rotary=rotary))
     if clip is not None:
         # What ``edges`` keeps once it was asked.
         vars(coding)["_key_edges"] = inner(old.edges(K))
         assert coding.edges(K).data_ptr() == whole[-1][FENCE:].data_ptr()
     fields = {name: tuple(inner(t) for t in getattr(storage, name)) for name in ("arenas", "meta")}
+    fields["page_columns"] = inner(storage.page_columns)
     return dataclasses.replace(storage, table=inner(storage.table), coding=coding, **fields), whole
 
 
@@ -126,7 +134,8 @@ def fill_adversarial(storage: GroupStorage, pages: list[int], seed: int) -> None
 def snapshot(storage: GroupStorage) -> list[torch.Tensor]:
     """Every tensor of a storage on the CPU; side arrays as bits, for stale ones hold NaN."""
     meta = [m.view(torch.int16) for m in storage.meta if m is not None]
-    every = (*storage.arenas, *meta, storage.table, storage.overflow_groups, storage.unmapped_reads)
+    every = [*storage.arenas, *meta, storage.table, storage.overflow_groups, storage.unmapped_reads]
+    every += [] if storage.page_columns is None else [storage.page_columns]
     return [t.to("cpu", copy=True) for t in every]
 
 
@@ -164,15 +173,34 @@ def run_guarded(
     return out[1:-1], lse[1:-1]
 
 
+def forget_columns(storage: GroupStorage) -> None:
+    """Page columns that are wrong, for a plan to write; the reference goes by those of ``inputs``."""
+    if storage.page_columns is not None:
+        object.__setattr__(storage, "page_columns", torch.full_like(storage.page_columns, 1))
+
+
+def check_columns(inputs: Inputs, storage: GroupStorage) -> None:
+    """A plan has written the columns of its requests' pages, of these alone, or of none where no keys are centred."""
+    assert (storage.page_columns is None) == (inputs.storage.page_columns is None)
+    if storage.page_columns is not None:
+        want = torch.full_like(inputs.storage.page_columns, 1)
+        for r in range(len(inputs.kv_lens)):
+            own = inputs.pages(r)
+            want[own] = torch.arange(len(own), dtype=torch.int32)
+        assert torch.equal(storage.page_columns.cpu(), want), "page columns"
+
+
 def check_decode(inputs: Inputs, logit_cap: float = 0.0, device: str = "cpu") -> DeviceDecode:
     """Decode of all requests and layers on a device against the reference; ``inputs`` live on the CPU."""
     dtype = inputs.storage.dtype
     scale = inputs.storage.shape.head_dim**-0.5
     wrapper = TritonKernels().decode()
     storage = on_device(inputs.storage, device)
+    forget_columns(storage)
     wrapper.plan(storage, inputs.req_pages.to(device), torch.tensor(inputs.kv_lens, device=device))
     plan = wrapper.device_plan
     assert plan.buffers is not None and int(storage.unmapped_reads) == 0
+    check_columns(inputs, storage)
     q = inputs.q.to(device, dtype)
     for layer in range(inputs.storage.num_layers):
         out, lse = run_guarded(wrapper, q, layer, scale, logit_cap)
@@ -189,7 +217,10 @@ def check_extend(inputs: Inputs, prefix_lens: list[int], logit_cap: float = 0.0,
     dtype = inputs.storage.dtype
     scale = inputs.storage.shape.head_dim**-0.5
     wrapper = TritonKernels().extend()
-    wrapper.plan(on_device(inputs.storage, device), inputs.req_pages.to(device), prefix_lens, inputs.kv_lens)
+    storage = on_device(inputs.storage, device)
+    forget_columns(storage)
+    wrapper.plan(storage, inputs.req_pages.to(device), prefix_lens, inputs.kv_lens)
+    check_columns(inputs, storage)
     lengths = [n - p for n, p in zip(inputs.kv_lens, prefix_lens, strict=True)]
     q = torch.randn(sum(lengths), *inputs.q.shape[1:], generator=torch.Generator().manual_seed(1)).to(device, dtype)
     for layer in range(inputs.storage.num_layers):

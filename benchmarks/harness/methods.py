@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,16 @@ from typing import Any
 from sglang_pmkvq.tools.demo import kv_bytes_per_token as bytes_per_token
 
 PAGE = 16
-POLICIES = ("age", "uniform", "static")
+# What stands behind a slash: how keys and values become codes. Without one, what the server takes by itself.
+CODINGS = {
+    "plain": {"key-transform": "none", "key-center": "none"},
+    "hadamard": {"key-transform": "hadamard", "key-center": "none"},
+    "centre": {"key-transform": "none"},
+}
+_OURS = re.compile(
+    r"(age|uniform|static)-(.+?\.safetensors|[^/]+?)((?:-(?:hard|soft|nowindow|hadamard))*)"
+    rf"((?:/(?:{'|'.join(CODINGS)}|[a-z-]+=[^/=]+))*)"
+)
 
 
 @dataclass(frozen=True)
@@ -47,24 +57,28 @@ class Method:
             return Method(name, False)
         if name == "stock-fp8":
             return Method(name, False, args=("--kv-cache-dtype", "fp8_e4m3"))
-        policy, _, final = name.partition("-")
-        if policy not in POLICIES or not final:
+        match = _OURS.fullmatch(name)
+        if match is None:
             raise ValueError(
                 f"unknown method {name!r}: expected 16bit, stock, stock-fp8, or age-, uniform- or static- and then "
-                f"final bits or a calibration file"
+                f"final bits or a calibration file, then perhaps /{', /'.join(CODINGS)} or /FLAG=VALUE"
             )
+        policy, final, words, flags = match.groups()
         protect = "hard" if policy == "static" else "soft"
         more: tuple[str, ...] = ()
-        while final.endswith(("-hard", "-soft", "-nowindow", "-hadamard")):
-            final, _, end = final.rpartition("-")
-            if end == "nowindow":
+        for word in words.split("-")[1:]:
+            if word == "nowindow":
                 more += ("--pmkvq-window", "0", "--pmkvq-sink-tokens", "0")
-            elif end == "hadamard":
+            elif word == "hadamard":
                 more += ("--pmkvq-key-transform", "hadamard")
             else:
-                protect = end
-        flag = "--pmkvq-calibration" if final.endswith(".safetensors") else "--pmkvq-final-bits"
-        return Method(name, True, args=("--pmkvq-policy", policy, "--pmkvq-protect", protect, flag, final, *more))
+                protect = word
+        for flag in flags.split("/")[1:]:
+            given = CODINGS.get(flag) or dict([flag.split("=")])
+            for key, value in given.items():
+                more += (f"--pmkvq-{key}", value)
+        bits = "--pmkvq-calibration" if final.endswith(".safetensors") else "--pmkvq-final-bits"
+        return Method(name, True, args=("--pmkvq-policy", policy, "--pmkvq-protect", protect, bits, final, *more))
 
     def server_args(self, model: Path, budget_bytes: int | None, running: int, chunk: int | None = None) -> list[str]:
         """Flags of a server that runs this method.
@@ -103,10 +117,8 @@ def held_bytes(model: Path, lengths: Iterable[int]) -> int:
 
 def label(name: str) -> str:
     """A method's name for tables and pictures: a calibration file without its folder and ending."""
-    if not name.endswith(".safetensors"):
-        return name
-    policy, _, path = name.partition("-")
-    return f"{policy}-{Path(path).name.removesuffix('.safetensors').removesuffix('.pmkvq')}"
+    match = re.fullmatch(r"(\w+)-(.+)\.safetensors(.*)", name)
+    return f"{match[1]}-{Path(match[2]).name.removesuffix('.pmkvq')}{match[3]}" if match else name
 
 
 def names(text: str) -> list[str]:

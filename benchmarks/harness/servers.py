@@ -25,6 +25,8 @@ import torch
 
 from benchmarks.harness.results import ROOT
 
+Body = dict[str, Any]
+
 REASONER = ROOT / "benchmarks" / "reasoner" / "model"
 START_TIMEOUT_S = 600.0
 # Of an answer, the wait for its turn included.
@@ -112,6 +114,38 @@ class Server:
         response = requests.post(f"{self.url}/generate", json=body, timeout=TIMEOUT_S)
         response.raise_for_status()
         return response.json()
+
+    def converse(
+        self,
+        messages: Sequence[Body],
+        tools: Sequence[Body],
+        respond: Callable[[Body], str],
+        turns: int = 2,
+        **body: Any,
+    ) -> Body:
+        """A conversation of at most ``turns`` turns with the chat endpoint, each of them answered by a tool.
+
+        Returns:
+            As ``generate``: ``text`` is a JSON list of each turn's first call; a turn without one that SGLang could
+            parse ends the conversation.
+        """
+        said, calls, tokens = [*messages], [], 0
+        body = {"model": "default", "tools": tools, "return_meta_info": True, **body}
+        for _ in range(turns):
+            response = requests.post(
+                f"{self.url}/v1/chat/completions", json={**body, "messages": said}, timeout=TIMEOUT_S
+            )
+            response.raise_for_status()
+            choice = response.json()["choices"][0]
+            meta, made = choice["meta_info"], choice["message"].get("tool_calls") or []
+            tokens += meta["completion_tokens"]
+            if not made:
+                break
+            function = made[0]["function"]
+            calls.append({"name": function["name"], "arguments": json.loads(function["arguments"])})
+            answered = {"role": "tool", "tool_call_id": made[0]["id"], "content": respond(calls[-1])}
+            said = [*said, {**choice["message"], "tool_calls": made[:1]}, answered]
+        return {"text": json.dumps(calls), "meta_info": {**meta, "completion_tokens": tokens}}
 
     def retracted(self) -> int:
         """Requests retracted since ``mark``."""
@@ -212,7 +246,6 @@ def _wait_ready(server: Server) -> None:
     raise ServerFailed(f"not ready after {START_TIMEOUT_S} s\n{server.log()[-6000:]}")
 
 
-Body = dict[str, Any]
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 

@@ -15,7 +15,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -50,12 +50,24 @@ class Item:
         answer: the right answer.
         check: whether an output is right.
         max_tokens: output tokens that suffice, where that is known.
+        prompt: plain text to be continued, in place of messages.
+        gold: a right answer in full, where there is one; its tokens are taken as those of an answer.
+        params: further sampling parameters.
+        parts: what else to count of an output.
+        tools: definitions of tools; the output is then a JSON list of the calls of a conversation.
+        respond: what the tools say to a call.
     """
 
     messages: list[dict[str, str]]
     answer: str
     check: Callable[[str], bool]
     max_tokens: int | None = None
+    prompt: str | None = None
+    gold: str = ""
+    params: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Callable[[str], bool]] = field(default_factory=dict)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    respond: Callable[[dict[str, Any]], str] = str
 
 
 def final_part(text: str) -> str:
@@ -232,9 +244,19 @@ def builtin(count: int, lines: str, first: int = 0) -> list[Item]:
     ]
 
 
-def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+def chat_ids(
+    tokenizer: Any, messages: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]] | None = None
+) -> list[int]:
     """Token ids of a conversation up to where the answer begins."""
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    options = {"add_generation_prompt": True, "return_dict": False, "tools": tools or None}
+    return list(tokenizer.apply_chat_template(messages, **options))
+
+
+def item_ids(tokenizer: Any, item: Item) -> list[int]:
+    """Token ids of a problem up to where the answer begins."""
+    if item.prompt is not None:
+        return list(tokenizer(item.prompt)["input_ids"])
+    return chat_ids(tokenizer, item.messages, item.tools)
 
 
 def prompt_ids(model: Path, problems: Sequence[Problem]) -> tuple[list[list[int]], int]:

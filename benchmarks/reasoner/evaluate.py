@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.harness.tasks import chat_ids
 from benchmarks.reasoner import task
-from benchmarks.reasoner.model import Config, Llama
+from benchmarks.reasoner.model import Config, Llama, rope_tables
 
 K, V = 0, 1
 
@@ -57,11 +57,25 @@ class Quantizer:
 
 
 def load(directory: Path) -> Llama:
-    """The exported model, its bfloat16 weights as float32."""
+    """The model of a folder, the bundled one or another of its kind, its bfloat16 weights as float32.
+
+    Raises:
+        ValueError: the model is neither Llama nor Qwen2, or its positions are scaled. OSError: it cannot be read.
+    """
     raw = json.loads((directory / "config.json").read_text())
-    model = Llama(Config(**{name: raw[name] for name in Config.__dataclass_fields__}))
-    model.load_state_dict({k: v.float() for k, v in load_file(directory / "model.safetensors").items()})
-    return model.eval()
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind, scaling = raw.get("model_type"), rope.get("rope_type", "default")
+    if kind not in ("llama", "qwen2") or scaling != "default" or raw.get("use_sliding_window"):
+        raise ValueError(f"{directory}: {kind} with {scaling} positions has no plain PyTorch model here, only a server")
+    raw = {"head_dim": raw["hidden_size"] // raw["num_attention_heads"], **rope, **raw}
+    raw["attention_bias"] = kind == "qwen2" or raw.get("attention_bias", False)
+    weights = {k: v.float() for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    with torch.device("meta"):
+        model = Llama(Config(**{name: raw[name] for name in Config.__dataclass_fields__}))
+    model.load_state_dict(weights, assign=True)
+    model.cos, model.sin = rope_tables(model.config, model.config.max_position_embeddings)
+    return model.eval().requires_grad_(False)
 
 
 def mixed_attention(

@@ -28,6 +28,8 @@ class Config:
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 8192
+    attention_bias: bool = False
+    """Of queries, keys and values."""
 
 
 def rope_tables(config: Config, length: int) -> tuple[Tensor, Tensor]:
@@ -51,9 +53,10 @@ class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.heads, self.groups, self.dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.groups * self.dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.groups * self.dim, bias=False)
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.groups * self.dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.groups * self.dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.dim, config.hidden_size, bias=False)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from sglang_pmkvq.commands import ArenaCopies, TableUpdate
 from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, LayerGroup, PageShape, tier_units
-from sglang_pmkvq.kernels.coding import Coding, Scaled, key_transform
+from sglang_pmkvq.kernels.coding import Coding, Scaled, Transform, key_transform
 from sglang_pmkvq.kernels.reference.codes import center_term
 from sglang_pmkvq.kernels.rotary import Center, RotaryTable, on_one_table
 from sglang_pmkvq.kernels.storage import GroupStorage
@@ -53,9 +53,9 @@ def make_inputs(
     *,
     query_heads: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    transform: str = "none",
+    transform: str | Transform = "none",
     clip: bool = False,
-    value_transform: str = "none",
+    value_transform: str | Transform = "none",
     center: str | None = None,
     stale: bool = True,
 ) -> Inputs:
@@ -64,7 +64,7 @@ def make_inputs(
     Args:
         steps: step of every page, or one per page in order of the requests, or None for random ones.
         query_heads: Hq, default H.
-        transform: of keys, see ``kernels/coding.py``; key scales are random, between 1/4 and 4.
+        transform: of keys, see ``kernels/coding.py``, or its name; key scales are then random, between 1/4 and 4.
         clip: random clip factors of keys between 0.4 and 1 instead of None.
         value_transform: of values; scales do not exist for them.
         center: None, or how rotary pairs lie, ``neox``, ``interleaved`` or ``partial`` (neox, half of the channels):
@@ -87,7 +87,9 @@ def make_inputs(
     scale = torch.exp2(torch.rand(layers, h, d, generator=gen) * 4 - 2) if transform == Scaled.name else None
     factor = 0.4 + 0.6 * torch.rand(layers, h, generator=torch.Generator().manual_seed(seed + 1)) if clip else None
     centers = None if center is None else random_center(seed, layers, shape, max(kv_lens, default=0), center)
-    coding = Coding(key_transform(transform, d, scale), factor, key_transform(value_transform, d), centers)
+    of_keys = key_transform(transform, d, scale) if isinstance(transform, str) else transform
+    of_values = key_transform(value_transform, d) if isinstance(value_transform, str) else value_transform
+    coding = Coding(of_keys, factor, of_values, centers)
     superblocks = [2 * (n_pages + 1) + len(group.steps)] * len(group.arena_sides)
     if centers is not None:
         coding = replace(coding, center=on_one_table([centers], "cpu", dtype)[0])

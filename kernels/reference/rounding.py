@@ -48,6 +48,23 @@ def attention_on_codes(
     return out.flatten() / weight.sum()
 
 
+def center_scores(q_center: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype, parts: int = 2) -> torch.Tensor:
+    """What a centre adds to scores, fp32 ``[T]``, ahead of the softmax scale: its query goes in parts of ``dtype``.
+
+    Args:
+        q_center: fp32 ``[16]``, as a query meets a block of the table. rows: ``[T, 16]`` in ``dtype``.
+        parts: 2 as the kernels do it; 1 is what they would lose without the low part.
+    """
+    # fp16 would overflow: sums of some thousand are divided by a power of two.
+    step = 64.0 if dtype == torch.float16 else 1.0
+    rest, out = q_center.float() / step, torch.zeros(len(rows))
+    for _ in range(parts):
+        part = rest.to(dtype)
+        out += rows.float() @ part.float()
+        rest = rest - part.float()
+    return out * step
+
+
 def attention_on_values(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:

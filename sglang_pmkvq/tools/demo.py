@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from sglang_pmkvq.tools import models
+
 # The model of the repository; an installed wheel has none and needs --model.
 BUNDLED_MODEL = Path(__file__).resolve().parents[2] / "benchmarks" / "reasoner" / "model"
 
@@ -31,6 +33,10 @@ POOL_TOKENS_AT_16_BITS = 1536
 EXAMPLE_LINES = 70
 EXAMPLES = 3
 MAX_ANSWER_TOKENS = 1500
+# Answers of chat models are shorter, so their pool is smaller.
+CHAT_POOL_TOKENS_AT_16_BITS = 384
+# What such a small pool can hold in reserve for new tokens at 16 bits.
+CHAT_FLAGS = ("--chunked-prefill-size", "128", "--max-running-requests", "4")
 
 START_TIMEOUT_S = 900.0
 # SGLang answers running requests before it ends on SIGTERM.
@@ -43,6 +49,15 @@ class Example:
 
     prompt: str
     answer: str
+    max_tokens: int = MAX_ANSWER_TOKENS
+
+
+# For the models of `pmkvq models`: the third does not fit beside the first two at 16 bits.
+CHAT_EXAMPLES = (
+    Example("What is the capital of France?", "Paris.", 400),
+    Example("Why is the sky blue? Explain it to a child.", "", 400),
+    Example("Write a Python function that says whether a string is a palindrome, and explain each line.", "", 400),
+)
 
 
 def kv_bytes_per_token(model: Path) -> int:
@@ -55,7 +70,8 @@ def kv_bytes_per_token(model: Path) -> int:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{model} holds no readable config.json ({error}); give a model folder with --model"
+            f"{model} holds no readable config.json ({error}); give a model folder, or a name from pmkvq models, "
+            f"with --model"
         ) from error
     try:
         heads = config["num_attention_heads"]
@@ -89,13 +105,13 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def chat_command(base_url: str, prompt: str) -> str:
+def chat_command(base_url: str, prompt: str, max_tokens: int = MAX_ANSWER_TOKENS) -> str:
     """A curl line to paste into a shell: one greedy chat completion."""
     body = {
         "model": "default",
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
-        "max_tokens": MAX_ANSWER_TOKENS,
+        "max_tokens": max_tokens,
     }
     return (
         f"curl -sf {base_url}/v1/chat/completions -H 'Content-Type: application/json' "
@@ -127,23 +143,33 @@ def serve_demo(
 ) -> int:
     """Run the demo until the server ends or a signal comes.
 
+    Args:
+        model: a folder, or a name from ``pmkvq models``, which is fetched into the cache if it is not there; by
+            default the model of the repository.
+
     Returns:
         0 after Ctrl-C or SIGTERM, else the server's exit status (1 if it never became healthy).
 
     Raises:
+        OSError: the model cannot be fetched.
         ValueError: the model folder is unusable, or the port is taken.
     """
-    folder = Path(model) if model is not None else BUNDLED_MODEL
-    if model is None and not folder.is_dir():
+    if model is None and not BUNDLED_MODEL.is_dir():
         raise ValueError("the bundled model is in the repository only; give a model folder with --model")
-    budget = budget_bytes or kv_bytes_per_token(folder) * POOL_TOKENS_AT_16_BITS
-    requests = examples(folder)
-    with socket.socket() as probe:
+    with socket.socket() as probe:  # ahead of what may take minutes
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(f"cannot listen on {host}:{port} ({error}); choose another --port") from error
+    flags: list[str] = []
+    if model in models.MODELS and not Path(model).is_dir():
+        folder, requests, tokens = models.get(model), list(CHAT_EXAMPLES), CHAT_POOL_TOKENS_AT_16_BITS
+        flags += [*CHAT_FLAGS, *models.MODELS[model].serve]
+    else:
+        folder = Path(model) if model is not None else BUNDLED_MODEL
+        requests, tokens = examples(folder), POOL_TOKENS_AT_16_BITS
+    budget = budget_bytes or kv_bytes_per_token(folder) * tokens
 
     import torch
 
@@ -151,7 +177,7 @@ def serve_demo(
     environment = dict(os.environ)
     if not gpu:
         environment.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-    command = server_command(folder, host, port, budget, gpu, extra or [])
+    command = server_command(folder, host, port, budget, gpu, [*flags, *(extra or [])])
     print("pmkvq: " + ("GPU found: Triton kernels, CUDA graphs off" if gpu else "no GPU found: CPU path"))
     print("pmkvq: starting", shlex.join(command), flush=True)
     return _supervise(command, environment, f"http://{host}:{port}", requests)
@@ -219,6 +245,6 @@ def _banner(base_url: str, requests: list[Example]) -> str:
     lines = ["", "=" * 78, f"Ready at {base_url} (OpenAI-compatible). Ctrl-C ends it.", ""]
     for number, example in enumerate(requests, start=1):
         ending = f"; a right answer ends with {example.answer}" if example.answer else ""
-        lines += [f"# problem {number}{ending}", chat_command(base_url, example.prompt), ""]
+        lines += [f"# problem {number}{ending}", chat_command(base_url, example.prompt, example.max_tokens), ""]
     lines += ["# what the KV cache looks like now", metrics_command(base_url), "=" * 78]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sglang_pmkvq.formats import KEY_TRANSFORMS, LayerGroup, PageShape
 from sglang_pmkvq.kernels import device_attention, device_plan
 from sglang_pmkvq.kernels.choose import kernels_for
+from sglang_pmkvq.kernels.coding import Hadamard, PerLayer, Scaled, Transform
 from sglang_pmkvq.kernels.reference import attention as reference
 from sglang_pmkvq.kernels.reference.inputs import copies, make_inputs
 from sglang_pmkvq.kernels.triton_kernels import TritonKernels
@@ -92,6 +93,46 @@ def test_rotated_keys(index, finals):
     apart, together = (run_guarded(wrapper, x, 0, 0.1, 0.0) for x in (wide[:, : h * per_head], q))
     assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
     check_extend(make_inputs(index, PageShape(p, h, d, g), group, [p + 3, 2 * p, 1], **more), [3, 2 * p - 1, 0])
+
+
+# How pairs lie, finals, transform of keys and of values.
+CENTERED = [
+    ("neox", (2, 2), "none", "none"),
+    ("interleaved", (4, 2), "hadamard", "hadamard"),
+    ("partial", (4, 4), "scale", "hadamard"),
+    ("neox", (2, 16), "hadamard", "none"),
+    ("interleaved", (8, 2), "none", "hadamard"),
+    ("neox", (16, 2), "none", "hadamard"),
+]
+
+
+@pytest.mark.parametrize("index,case", list(enumerate(CENTERED)))
+def test_centred_keys_and_rotated_values(index, case):
+    """Three layers: a block of pairs, all of them, and none; pages of every tier, so that the 16-bit one is seen alone.
+
+    Plans find page columns that are wrong and write them.
+    """
+    center, finals, transform, value_transform = case
+    p, h, d, g, per_head = SHAPES[index]
+    more = {"query_heads": h * per_head, "dtype": DTYPES[index % 2], "clip": finals[0] == 2, "center": center}
+    more |= {"transform": transform, "value_transform": value_transform}
+    group = LayerGroup((0, 1, 2), *finals)
+    cap = 50.0 if index == 2 else 0.0
+    shape = PageShape(p, h, d, g)
+    check_decode(make_inputs(index, shape, group, [1, 4 * p - 1, 2 * p], **more), cap)
+    check_extend(make_inputs(index, shape, group, [p + 3, 3 * p, p], **more), [p, 3 * p - 2, p - 1], cap)
+
+
+def test_a_transform_for_each_layer():
+    """Kinds of layers that differ in what is done to keys, to values, and in blocks of the centre."""
+    shape, group, lens = PageShape(16, 2, 64, 32), LayerGroup(tuple(range(4)), 4, 2), [40, 64, 9]
+    scaled = Scaled(torch.exp2(torch.rand(1, 2, 64) * 4 - 2))
+    keys = PerLayer((Hadamard(64), scaled, Transform(), Hadamard(64)))
+    values = PerLayer((Transform(), Hadamard(64), Hadamard(64), Transform()))
+    more = {"transform": keys, "value_transform": values, "center": "neox", "query_heads": 6}
+    inputs = make_inputs(11, shape, group, lens, **more)
+    check_decode(inputs)
+    check_extend(inputs, [38, 60, 8])
 
 
 @pytest.mark.parametrize("transform", KEY_TRANSFORMS)

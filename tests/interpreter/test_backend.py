@@ -27,14 +27,19 @@ from sglang_pmkvq.formats import (
     STEP_BITS,
     UNITS_PER_SUPERBLOCK,
     UNMAPPED,
+    LayerGroup,
     PageShape,
     geometry_for_pages,
     groups_from_finals,
 )
-from sglang_pmkvq.kernels.coding import Coding, Hadamard, Transform, Scaled
+from sglang_pmkvq.kernels.attention import PageSource
+from sglang_pmkvq.kernels.coding import Coding, Hadamard, PerLayer, Scaled, Transform
 from sglang_pmkvq.kernels.launch import Launch
 from sglang_pmkvq.kernels.reference import attention as reference
-from sglang_pmkvq.kernels.reference.inputs import copies
+from sglang_pmkvq.kernels.reference.inputs import copies, random_center
+from sglang_pmkvq.kernels.rotary import Center, on_one_table
+from sglang_pmkvq.kernels.storage import GroupStorage
+from sglang_pmkvq.kernels.triton_kernels import TritonKernels
 from sglang_pmkvq.ledger import PolicyConfig
 from sglang_pmkvq.serving.allocator import PmkvqAllocator
 from sglang_pmkvq.serving.attention import PmkvqAttnBackend
@@ -305,3 +310,52 @@ def test_start_up_compiles_all_that_serving_launches(monkeypatch, transform):
     expected |= {"copy_kernel": 6, "count_kernel": 2 * 3, "scatter_kernel": 2 * 4}
     assert {name: count[name] for name in expected} == expected
     assert served == warm
+
+
+def test_start_up_compiles_every_kind_of_layer(monkeypatch):
+    """A group whose layers differ in transforms and in blocks of the centre, among them two of a kind."""
+    launches = Launches(monkeypatch)
+    (center,) = on_one_table([random_center(1, 5, PageShape(P, H, D, D), 64, "neox")], "cpu", torch.bfloat16)
+    assert center is not None and [len(blocks) for blocks in center.blocks] == [1, 4, 0, 4, 1]
+    turned, plain = Hadamard(D), Transform()
+    keys = PerLayer((turned, Scaled(torch.ones(1, H, D)), plain, turned, turned))
+    coding = Coding(keys, None, PerLayer((turned, plain, turned, plain, turned)), center)
+    shape, group = PageShape(P, H, D, D), LayerGroup((3, 4, 6, 8, 9), 4, 2)
+    storage = GroupStorage.allocate(shape, group, [9, 9], 4, torch.bfloat16, coding=coding)
+    before = [t.clone() for t in (*storage.arenas, storage.page_columns)]
+    TritonKernels().warm_up(storage, HQ)
+    assert all(map(torch.equal, before, (*storage.arenas, storage.page_columns)))
+    warm = launches.take()
+    launches.really = False
+    decode, extend = TritonKernels().decode(), TritonKernels().extend()
+    source = PageSource(torch.zeros(3, 4 * P, dtype=torch.int32), torch.arange(2), P, P)
+    decode.plan_source(storage, source, [17, 5])
+    extend.plan_source(storage, source, [16, 2], [17, 9])
+    for layer in range(5):
+        decode.run(torch.zeros(2, HQ, D).bfloat16(), layer, SCALE)
+        extend.run(torch.zeros(8, HQ, D).bfloat16(), layer, SCALE)
+    for arena, final in enumerate((4, 2)):
+        one = np.ones(1, dtype=np.int32)
+        TritonKernels().copy(storage, copies(arena, one, 8 * one, 16 * one, 16, final))
+    served = launches.take()
+    assert served <= warm, {name for name, _ in served - warm}
+    count = Counter(name for name, _ in served)
+    # Layers 0 and 4 are of a kind; so are 1 and 3 to the kernels that read, who need not know scaled from rotated keys.
+    assert count["decode_kernel"] == count["extend_kernel"] == 3 and count["copy_kernel"] == 2
+
+
+def test_a_centre_is_filled_where_launches_find_it():
+    """Calibration while serving: the arguments of a launch made before are those of the centre that comes."""
+    shape, length = PageShape(P, H, D, D), 40
+    given = random_center(1, 1, shape, length, "neox")
+    (to_come,) = on_one_table([Center.to_come(1, H, given.rotary, 4)], "cpu", torch.bfloat16)
+    assert to_come is not None
+    coding = Coding(center=to_come)
+    before = {**coding.read_arguments(0, 1), **coding.copy_arguments((0, 1), 1, shape, torch.device("cpu"))}
+    to_come.fill(given.vector, given.blocks)
+    after = {**coding.read_arguments(0, 1), **coding.copy_arguments((0, 1), 1, shape, torch.device("cpu"))}
+    tensors = {name: x for name, x in before.items() if isinstance(x, torch.Tensor)}
+    assert {"center", "center_places", "rotary", "rotary_channels", "center0", "channel_at"} <= set(tensors)
+    assert all(x.data_ptr() == after[name].data_ptr() and x.equal(after[name]) for name, x in tensors.items())
+    assert before["CENTER_BLOCKS"] == after["CENTER_BLOCKS"] == 4
+    assert torch.equal(before["center0"][0], to_come.vector) and to_come.vector.any()

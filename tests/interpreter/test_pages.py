@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from sglang_pmkvq.commands import ArenaCopies, CommandBatch, TableUpdate
 from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, UNMAPPED, LayerGroup, PageShape, tier_units
 from sglang_pmkvq.kernels.backend import Kernels
+from sglang_pmkvq.kernels.coding import Hadamard, PerLayer, Scaled, Transform
 from sglang_pmkvq.kernels.reference import inputs as inputs_module
 from sglang_pmkvq.kernels.reference.inputs import Inputs, copies, make_inputs
 from sglang_pmkvq.kernels.torch_kernels import TorchKernels
@@ -66,10 +67,11 @@ def test_store_converts_and_skips_what_is_not_writable():
         TritonKernels().store(b.storage, 0, slots[:1], rows[0], rows[:1])
 
 
-def check_copies(pair, shape, finals, dtype, transform, seed, clip=False) -> None:
+def check_copies(pair, shape, finals, dtype, transform, seed, clip=False, layers=2, **more) -> None:
+    """``more``: centre and value transform of ``make_inputs``."""
     src_tier, dst_tier = pair
-    group = LayerGroup((0, 1), *finals)
-    more = {"dtype": dtype, "transform": transform, "clip": clip}
+    group = LayerGroup(tuple(range(layers)), *finals)
+    more |= {"dtype": dtype, "transform": transform, "clip": clip}
     a, b = twins(seed, PageShape(*shape), group, [4 * shape[0]], steps=0, **more)
     storage, fence = fenced(b.storage)
     b = dataclasses.replace(b, storage=storage)
@@ -109,6 +111,27 @@ def test_rotated_copies_equal_the_torch_path(finals, index, target):
     check_copies((16, target), SHAPES[index], finals, DTYPES[index % 2], "hadamard", seed=index, clip=index == 2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index,center", list(enumerate(["neox", "interleaved", "partial"])))
+@pytest.mark.parametrize("finals", [(2, 2), (2, 4), (16, 4)])
+def test_centred_copies_equal_the_torch_path(finals, index, center, dtype):
+    """Codes of k − R_m c and of rotated values, the same bits; three layers, of which one has no centre."""
+    transform = ("none", "scale", "hadamard")[index]
+    more = {"layers": 3, "center": center, "value_transform": ("none", "hadamard")[index % 2]}
+    target = max(min(finals), (8, 4, 2)[index])
+    check_copies((16, target), SHAPES[index], finals, dtype, transform, seed=index, clip=index == 1, **more)
+
+
+@pytest.mark.parametrize("finals", [(2, 2), (4, 2)])
+def test_copies_with_a_transform_for_each_layer(finals):
+    scaled = Scaled(torch.exp2(torch.rand(1, 2, 64, generator=torch.Generator().manual_seed(1)) * 4 - 2))
+    keys = PerLayer((Hadamard(64), scaled, Transform()))
+    values = PerLayer((Transform(), Hadamard(64), Hadamard(64)))
+    more = {"layers": 3, "center": "neox", "value_transform": values}
+    for dtype in DTYPES:
+        check_copies((16, finals[0]), SHAPES[0], finals, dtype, keys, seed=4, **more)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("pair,shape,dtype", list(product(PAIRS, SHAPES, DTYPES)))
 @pytest.mark.parametrize("finals", [(2, 2), (2, 4), (8, 2)])
@@ -117,6 +140,8 @@ def test_copies_matrix(pair, shape, dtype, finals, clip):
     more = {"seed": pair[0] + pair[1], "clip": clip}
     check_copies(pair, shape, finals, dtype, "scale" if shape[0] == 16 else "none", **more)
     if pair[0] == 16 > pair[1]:
+        check_copies(pair, shape, finals, dtype, "hadamard", **more)
+        more |= {"layers": 3, "center": "neox", "value_transform": "hadamard"}
         check_copies(pair, shape, finals, dtype, "hadamard", **more)
 
 
@@ -156,10 +181,11 @@ def test_a_wave_of_mixed_pairs_is_one_launch(finals, monkeypatch):
 def test_a_pool_built_by_triton_alone_is_the_same_pool(seed, shape, finals):
     """Random steps reached one at a time, every store, copy and table update by Triton."""
     group, lens = LayerGroup((0, 1), *finals), [3 * shape[0], 5]
-    a = make_inputs(seed, PageShape(*shape), group, lens, transform="scale")
+    more = {"transform": "scale", "center": "neox", "value_transform": "hadamard"}
+    a = make_inputs(seed, PageShape(*shape), group, lens, **more)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs_module, "TorchKernels", TritonKernels)
-        b = make_inputs(seed, PageShape(*shape), group, lens, transform="scale")
+        b = make_inputs(seed, PageShape(*shape), group, lens, **more)
     assert same(a.storage, b.storage)
 
 

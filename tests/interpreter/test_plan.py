@@ -13,6 +13,7 @@ from sglang_pmkvq.kernels.attention import PageSource
 from sglang_pmkvq.kernels.device_plan import PlanBuffers, plan_launches
 from sglang_pmkvq.kernels.reference.inputs import make_inputs
 from tests.plan_checks import check_fence, check_plan, fence
+from tests.triton_checks import forget_columns
 
 CASES = [((4, 2), (16, 2, 64, 32)), ((4, 4), (32, 1, 64, 64)), ((2, 8), (64, 1, 64, 64)), ((16, 16), (16, 1, 128, 128))]
 
@@ -21,7 +22,7 @@ CASES = [((4, 2), (16, 2, 64, 32)), ((4, 4), (32, 1, 64, 64)), ((2, 8), (64, 1, 
 def test_lists_and_schedule(finals, shape):
     p = shape[0]
     lens = [1, p - 1, p, p + 1, 40 * p + 3, 7 * p]
-    inputs = make_inputs(1, PageShape(*shape), LayerGroup((0,), *finals), lens)
+    inputs = make_inputs(1, PageShape(*shape), LayerGroup((0,), *finals), lens, center="neox")
     check_plan(inputs, lens, target=9)
 
 
@@ -30,7 +31,7 @@ def test_requests_longer_than_a_chunk(monkeypatch):
     monkeypatch.setattr(device_plan, "CHUNK_PAGES", 8)
     monkeypatch.setattr(device_plan, "MIN_SPLIT_TOKENS", 32)
     lens = [700, 8 * 16, 8 * 16 + 1, 3]
-    inputs = make_inputs(2, PageShape(16, 1, 64, 64), LayerGroup((0,), 4, 2), lens)
+    inputs = make_inputs(2, PageShape(16, 1, 64, 64), LayerGroup((0,), 4, 2), lens, center="neox")
     check_plan(inputs, lens, target=20)
     check_plan(inputs, lens, target=1, q_len=[1, 5, 1, 0])
 
@@ -86,3 +87,21 @@ def test_unmapped_and_foreign_pages_are_counted_and_harmless():
     assert int(storage.unmapped_reads) == 3
     assert (buffers.k_units[0, :4] >= 0).all() and buffers.k_units[1, :2].tolist() == [0, 0]
     assert buffers.pages[1, :2].tolist() == [0, 0]
+
+
+def test_columns_of_shared_foreign_and_padded_pages():
+    """A page of two requests stands at the same place in both; what is no page is written nowhere."""
+    inputs = make_inputs(7, PageShape(16, 1, 64, 64), LayerGroup((0,), 4, 4), [64, 20], center="neox")
+    storage = inputs.storage
+    forget_columns(storage)
+    first, second = inputs.pages(0), inputs.pages(1)
+    pages = torch.tensor([[*first], [*first[:2], second[0], -5], [0, 10**6, second[1], 7]])
+    buffers = PlanBuffers.allocate(storage, 3, 4, columns=False)
+    guards = fence(buffers, storage)
+    for launch in plan_launches(buffers, PageSource(pages), torch.tensor([64, 64, 33])):
+        launch.run()
+    check_fence(guards)
+    columns = storage.page_columns
+    assert columns is not None and columns[first].tolist() == [0, 1, 2, 3]
+    assert columns[[second[0], second[1], 0]].tolist() == [2, 2, 0]
+    assert columns.sum() == 0 + 1 + 2 + 3 + 2 + 2

@@ -185,8 +185,8 @@ def _shrink_page(
         tiers = group.steps[int(steps[group_of[layer]])]
         for side, name in ((K, "keys"), (V, "values")):
             x = exact[side][layer][:, :, part]
-            own = coding.pick(layer) if side == K else None
-            read = fake_quantize(x, tiers[side], geometry.shape.group_size, own)
+            at = torch.arange(part.start, part.stop)
+            read = fake_quantize(x, tiers[side], geometry.shape.group_size, coding.pick(layer), side, at)
             getattr(entry, name)[:, :, part] = read
 
 
