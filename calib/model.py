@@ -149,8 +149,10 @@ class CalibrationModel:
         for layer in self.model.base_model.layers:
             attention = layer.self_attn
             bias = None if getattr(attention, "k_norm", None) is not None else attention.k_proj.bias
-            said = bias is not None and bool(bias.any())
-            found.append(bias.detach().float().cpu().view(self.kv_heads, self.head_dim) if said else None)
+            if bias is None or not bool(bias.any()):
+                found.append(None)
+            else:
+                found.append(bias.detach().float().cpu().view(self.kv_heads, self.head_dim))
         return tuple(found)
 
     @torch.no_grad()
