@@ -149,19 +149,9 @@ class CalibrationModel:
         for layer in self.model.base_model.layers:
             attention = layer.self_attn
             bias = None if getattr(attention, "k_norm", None) is not None else attention.k_proj.bias
-            said = bias is not None and bool(bias.any())
-            found.append(bias.detach().float().cpu().view(self.kv_heads, self.head_dim) if said else None)
-        return tuple(found)
-
-    def key_spreads(self) -> tuple[torch.Tensor, ...]:
-        """Energy that the weights give what varies from key to key, per layer fp32 [H], as a server estimates it.
-
-        The sum over channels of the variance, for inputs of unit variance before the layer's norm.
-        """
-        found = []
-        for layer in self.model.base_model.layers:
-            weight = layer.self_attn.k_proj.weight.detach().float() * layer.input_layernorm.weight.detach().float()
-            found.append(weight.square().sum(1).view(self.kv_heads, self.head_dim).sum(1).cpu())
+            if bias is not None:
+                bias = bias.detach().float().cpu().view(self.kv_heads, self.head_dim)
+            found.append(bias if bias is not None and bool(bias.any()) else None)
         return tuple(found)
 
     @torch.no_grad()
