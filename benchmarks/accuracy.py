@@ -74,7 +74,8 @@ class Run:
         if method.quant:
             params["custom_params"] = {"pmkvq_kv_bits": True}
         if item.tools:
-            return server.converse(item.messages, item.tools, item.respond, **params, max_tokens=self.max_new)
+            params |= {"tool_choice": "required", "max_tokens": self.max_new}
+            return server.converse(item.messages, item.tools, item.respond, **params)
         return server.generate(input_ids=ids, sampling_params={**params, "max_new_tokens": self.max_new, **item.params})
 
 
@@ -132,6 +133,8 @@ def measure(run: Run, method: Method, budget: int, sample: int = 0) -> dict[str,
     # Of equal flags the server takes the last one.
     flags = ["--random-seed", str(run.options.seed + sample)]
     flags += ["--tool-call-parser", "qwen25"] if run.options.task == "tools" else []
+    # SGLang's default backend, xgrammar, ends the server at the first such request on a CPU.
+    flags += ["--grammar-backend", "llguidance"] if run.options.task in ("tools", "orders") else []
     with experiment.serve_method(run.options, method, budget, run.concurrency, *flags) as server:
         server.flush()
         server.mark()

@@ -47,7 +47,8 @@ class Keys:
         scale: fp32 [L, H, D], 1 in layers that are not scaled.
         alphas: per layer the α of each head, None where not scaled.
         clip: fp32 [L, H].
-        vector, spread: fp32 [L, H, D] and [L, H], 0 in layers without a centre.
+        vector: fp32 [L, H, D], what is taken off and nothing else; 0 in layers without a centre.
+        spread: fp32 [L, H], energy of keys around the whole centre; likewise.
         blocks: per layer, blocks of rotary pairs of its centre.
         errors: per layer, relative error of the attention output of every candidate; {} where keys stay at 16 bits.
     """
@@ -165,7 +166,7 @@ class Search:
                 alphas[layer] = [round(a, 4) for a in self.alphas[pick.center][layer, :, place].tolist()]
             if pick.center in self.fitted:
                 fitted = self.fitted[pick.center]
-                vector[layer], spread[layer] = fitted.vector[layer], fitted.spread[layer]
+                vector[layer], spread[layer] = fitted.center.vector[layer].cpu(), fitted.spread[layer]
                 blocks[layer] = fitted.center.blocks[layer]
             relative = (total / state["energy"][layer].sum()).sqrt().tolist()
             errors[layer] = {

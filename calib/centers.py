@@ -53,19 +53,17 @@ class KeyCenter:
     """One kind of centre for all layers.
 
     Attributes:
-        vector: fp32 [L, H, D], whole.
         spread: fp32 [L, H], energy of keys around it.
         center: what of it is worth taking off; a layer without blocks has none.
     """
 
-    vector: torch.Tensor
     spread: torch.Tensor
     center: Center
 
     @classmethod
     def of(cls, vector: torch.Tensor, state: State, rotary: RotaryTable) -> KeyCenter:
         spread = spread_around(state, vector)
-        return cls(vector, spread, Center.of(vector, chosen_blocks(vector, spread, rotary), rotary))
+        return cls(spread, Center.of(vector, chosen_blocks(vector, spread, rotary), rotary))
 
 
 def key_centers(

@@ -29,7 +29,7 @@ from sglang_pmkvq.calib.model import CalibrationModel
 from sglang_pmkvq.calib.sweep import State, Workspace, sweep
 from sglang_pmkvq.formats import GROUP_SIZES, ROTARY_PAIRS, K, V
 from sglang_pmkvq.kernels.coding import Coding
-from sglang_pmkvq.kernels.rotary import Center, RotaryTable
+from sglang_pmkvq.kernels.rotary import CENTER_TOLERANCE, Center, RotaryTable
 
 # The error of a layer's own output settles within a few samples.
 SEARCH_SAMPLES = 16
@@ -342,7 +342,7 @@ def _key(settings: Settings, corpus: Corpus) -> str:
     """What partial results depend on: everything but the target, so another target reuses them."""
     free = {"target", "max_groups", "widths", "sensitivity", "samples"}
     parts = {k: v for k, v in asdict(settings).items() if k not in free} | {
-        "version": STATE_VERSION,
+        "version": [STATE_VERSION, CENTER_TOLERANCE],
         "corpus": corpus.sha256,
         "weights": artifact.weights_digest(settings.model),
     }

@@ -304,7 +304,8 @@ class Coding:
         if vector is not None and spread is not None and bool(vector.any()):
             if rotary is None:
                 raise ValueError("the calibration centres keys, and the model has no rotary table to do it with")
-            center = Center.of(vector, chosen_blocks(vector, spread, rotary), rotary)
+            # What the file has is what was measured: all of it is taken off.
+            center = Center.of(vector, chosen_blocks(vector, spread, rotary, tolerance=0.0), rotary)
         return cls(
             layer_transforms([calibration.transforms[layer] for layer in own], calibration.head_dim, scale),
             clip,

@@ -84,8 +84,9 @@ class Calibration:
         objective: its sum at ``finals``; ``objective_unbounded`` without the bound on layer groups.
         bytes_per_token: of K and V over all layers and heads at ``finals``, scales and zeros included.
         report: further figures for people (rank correlation, times), JSON.
-        tensors: ``key_scale`` fp32 [L, H, D] if some layer is scaled, 1 in the others; ``key_center`` fp32 [L, H, D]
-            and ``key_spread`` fp32 [L, H], its energy around it, if some layer is centred, 0 in the others;
+        tensors: ``key_scale`` fp32 [L, H, D] if some layer is scaled, 1 in the others; ``key_center`` fp32 [L, H, D],
+            what is taken off, and ``key_spread`` fp32 [L, H], the energy of keys around their whole centre, if some
+            layer is centred, 0 in the others;
             ``key_max`` fp32 [L, H, D]; ``taylor`` and optionally ``kl`` fp64 [L, 2, W] for K and V at
             ``report["widths"]``; optionally ``key_clip`` fp32 [L, H]: the middle share of their range that 2-bit
             codes of keys span, 1 where keys stay wider.

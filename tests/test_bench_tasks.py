@@ -149,7 +149,7 @@ dumped = json.dumps
 def test_a_chain_is_right_if_both_calls_are(monkeypatch: pytest.MonkeyPatch) -> None:
     items = structured.tool_chains(12, 0)
     assert [i.messages for i in items] == [i.messages for i in structured.tool_chains(12, 0)]
-    assert len({i.messages[1]["content"] for i in items}) > 8
+    assert len({i.messages[-1]["content"] for i in items}) > 8
     item = items[3]
     chain: structured.Chain = item.respond.__self__  # type: ignore[attr-defined]
     second = {**chain.second, "arguments": {**chain.second["arguments"], "branch_number": 99}}
@@ -172,6 +172,9 @@ def test_a_chain_is_right_if_both_calls_are(monkeypatch: pytest.MonkeyPatch) -> 
     assert told["role"] == "tool"
     assert json.loads(told["content"]) == {"isbn": chain.second["arguments"]["isbn"]}
     assert (len(replies.asked[0]["tools"]), replies.asked[0]["temperature"]) == (8, 0)
+    examples = [message for message in item.messages if "tool_calls" in message]
+    assert len(examples) == 2 * len(structured.SETS)
+    assert not any(tools.names[-1] in i.messages[-1]["content"] for tools in structured.SETS for i in items)
     assert all(str(code) in structured.rules() for tools in structured.SETS for code in tools.choices.values())
 
 

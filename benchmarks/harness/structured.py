@@ -103,6 +103,24 @@ def rules() -> str:
     )
 
 
+def shown() -> list[dict[str, Any]]:
+    """A chain of each set as a conversation: a model that has no format of its own for calls learns it here."""
+    said: list[dict[str, Any]] = []
+    for n, set_ in enumerate(SETS):
+        name, key, (word, code) = set_.names[-1], f"ZZ-{n}00{n}7{n}", list(set_.choices.items())[-1]
+        said.append({"role": "user", "content": set_.asked[0].format(name, word)})
+        for tool, given, found in (
+            (set_.find[0], {set_.find[2]: name}, {set_.key: key}),
+            (set_.use[0], {set_.key: key, set_.use[2]: code}, {"done": True}),
+        ):
+            function = {"name": tool, "arguments": json.dumps(given)}
+            call = {"id": f"{tool}-{n}", "type": "function", "function": function}
+            said.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            said.append({"role": "tool", "tool_call_id": call["id"], "content": json.dumps(found)})
+        said.append({"role": "assistant", "content": "Done."})
+    return said
+
+
 @dataclass(frozen=True)
 class Chain:
     """A question and its two right calls; ``found``: what the first returns.
@@ -129,19 +147,19 @@ def valid(text: str) -> bool:
 
 
 def tool_chains(count: int, seed: int) -> list[Item]:
-    """``count`` questions, each of which takes two calls."""
+    """``count`` questions, each of which takes two calls, behind an example of each kind."""
     rng = random.Random(seed)
     tools = [tool for set_ in SETS for tool in set_.definitions()]
     items = []
     for n in range(count):
         set_ = SETS[n % len(SETS)]
-        name, word = rng.choice(set_.names), rng.choice(list(set_.choices))
+        name, word = rng.choice(set_.names[:-1]), rng.choice(list(set_.choices))
         key = "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=2)) + "-" + str(rng.randrange(10**5, 10**6))
         first = {"name": set_.find[0], "arguments": {set_.find[2]: name}}
         second = {"name": set_.use[0], "arguments": {set_.key: key, set_.use[2]: set_.choices[word]}}
         chain = Chain(first, second, json.dumps({set_.key: key}))
         asked = rng.choice(set_.asked).format(name, word)
-        messages = [{"role": "system", "content": rules()}, {"role": "user", "content": asked}]
+        messages = [{"role": "system", "content": rules()}, *shown(), {"role": "user", "content": asked}]
         parts: dict[str, Callable[[str], bool]] = {"valid": valid, "first call": partial(chain.judge, 1)}
         right = partial(chain.judge, 2)
         items.append(Item(messages, "", right, 128, parts=parts, tools=tools, respond=chain.respond))

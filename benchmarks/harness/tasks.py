@@ -58,7 +58,7 @@ class Item:
         respond: what the tools say to a call.
     """
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     answer: str
     check: Callable[[str], bool]
     max_tokens: int | None = None
@@ -245,7 +245,7 @@ def builtin(count: int, lines: str, first: int = 0) -> list[Item]:
 
 
 def chat_ids(
-    tokenizer: Any, messages: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]] | None = None
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
 ) -> list[int]:
     """Token ids of a conversation up to where the answer begins."""
     options = {"add_generation_prompt": True, "return_dict": False, "tools": tools or None}
