@@ -400,6 +400,26 @@ def test_the_demo_gets_a_model_by_name(downloaded: Path, monkeypatch: pytest.Mon
     assert ran[-1][0][ran[-1][0].index("--model-path") + 1] == "tiny"
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "kv_heads", "head_dim"),
+    [("smollm2-135m", 30, 3, 64), ("qwen2.5-coder-0.5b", 24, 2, 64), ("qwen2.5-coder-1.5b", 28, 2, 128)],
+)
+def test_the_pool_of_the_demo_holds_its_questions(name: str, layers: int, kv_heads: int, head_dim: int) -> None:
+    """A server refuses a pool that is too small, but only once the model has been fetched."""
+    from sglang_pmkvq.formats import LayerGroup, PageShape
+    from sglang_pmkvq.ledger.policy import PolicyConfig
+    from sglang_pmkvq.serving import sizing
+
+    keys = 8 if models.MODELS[name].serve else 4
+    groups = (LayerGroup(tuple(range(layers)), keys, 4),)
+    shape = PageShape(16, kv_heads, head_dim, 64)
+    flags = dict(zip(demo.CHAT_FLAGS[::2], map(int, demo.CHAT_FLAGS[1::2]), strict=True))
+    limits = sizing.limits_for(flags["--max-running-requests"], flags["--chunked-prefill-size"], 16, PolicyConfig())
+    budget = demo.CHAT_POOL_TOKENS_AT_16_BITS * 2 * layers * kv_heads * head_dim * 2
+    pages = sizing.choose_geometry(shape, groups, budget, limits).num_pages
+    assert pages * 16 > 64 + max(example.max_tokens for example in demo.CHAT_EXAMPLES)
+
+
 # --- a real one ---
 
 
