@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import triton.language as tl
@@ -108,7 +109,7 @@ CENTERED = [
 
 @pytest.mark.parametrize("index,case", list(enumerate(CENTERED)))
 def test_centred_keys_and_rotated_values(index, case):
-    """Three layers: a block of pairs, all of them, and none; pages of every tier, so that the 16-bit one is seen alone.
+    """Three layers: a block of pairs, all of them, and none; requests of 16-bit pages alone, and of all tiers.
 
     Plans find page columns that are wrong and write them.
     """
@@ -119,8 +120,9 @@ def test_centred_keys_and_rotated_values(index, case):
     group = LayerGroup((0, 1, 2), *finals)
     cap = 50.0 if index == 2 else 0.0
     shape = PageShape(p, h, d, g)
-    check_decode(make_inputs(index, shape, group, [1, 4 * p - 1, 2 * p], **more), cap)
-    check_extend(make_inputs(index, shape, group, [p + 3, 3 * p, p], **more), [p, 3 * p - 2, p - 1], cap)
+    steps = [0, *(np.arange(6) % len(group.steps)).tolist()]
+    check_decode(make_inputs(index, shape, group, [1, 4 * p - 1, 2 * p], steps, **more), cap)
+    check_extend(make_inputs(index, shape, group, [p, p + 3, 4 * p], steps, **more), [p - 1, p, 4 * p - 2], cap)
 
 
 def test_a_transform_for_each_layer():
