@@ -149,7 +149,10 @@ class CalibrationModel:
         for layer in self.model.base_model.layers:
             attention = layer.self_attn
             bias = None if getattr(attention, "k_norm", None) is not None else attention.k_proj.bias
-            found.append(None if bias is None else bias.detach().float().cpu().view(self.kv_heads, self.head_dim))
+            if bias is None or not bool(bias.any()):
+                found.append(None)
+            else:
+                found.append(bias.detach().float().cpu().view(self.kv_heads, self.head_dim))
         return tuple(found)
 
     @torch.no_grad()

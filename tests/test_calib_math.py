@@ -260,6 +260,17 @@ def test_key_biases(model: CalibrationModel) -> None:
             assert torch.equal(bias.flatten(), layer.self_attn.k_proj.bias)
 
 
+def test_spreads_from_the_weights(qwen2: CalibrationModel) -> None:
+    """The variance that keys have where the norm's input is noise of unit variance."""
+    module = qwen2.model.base_model.layers[1]
+    torch.nn.init.uniform_(module.input_layernorm.weight, 0.5, 2.0)
+    noise = torch.randn(20000, qwen2.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    keys = module.self_attn.k_proj(noise * module.input_layernorm.weight)
+    want = keys.view(-1, qwen2.kv_heads, qwen2.head_dim).var(0).sum(-1)
+    assert torch.allclose(qwen2.key_spreads()[1], want, rtol=0.02)
+    assert len(qwen2.key_spreads()) == qwen2.layers
+
+
 def test_a_norm_of_keys_takes_the_bias_apart(tmp_path: Path) -> None:
     path = make_model(tmp_path / "m", "qwen3", layers=2)
     config = json.loads((path / "config.json").read_text())

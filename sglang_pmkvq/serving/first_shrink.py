@@ -38,7 +38,7 @@ ROUND_TOKENS = 1024
 SAMPLED_KEYS = 64
 SAMPLED_QUERIES = 32
 # Relative error of attention logits above which answers suffer.
-KEY_ERROR_HARMS = 0.5
+KEY_ERROR_HARMS = 0.75
 
 
 @dataclass(frozen=True)
