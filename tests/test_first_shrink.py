@@ -69,7 +69,7 @@ class Driven:
             self.setup, pages * P, P, torch.bfloat16, H, D, self.layers, "cpu", False
         )
         self.ledger = Ledger(geometry, configuration.policy, RUNNING)
-        self.pool.watch(self.ledger.written_pages)
+        self.pool.watch(self.ledger)
         self.pages = np.empty(0, np.int64)
         self.tokens = 0
         # The centre is in blocks 1 and 3 alone.
@@ -182,18 +182,35 @@ def test_the_same_events_and_keys_give_the_same_centres() -> None:
     assert torch.equal(*made)
 
 
-def test_too_few_tokens_leave_no_centre_for_good(caplog: pytest.LogCaptureFixture) -> None:
+def test_too_few_tokens_are_no_mean(caplog: pytest.LogCaptureFixture) -> None:
+    """Then the first codes have no centre, and as long as one of them is left neither have the others."""
     driven = Driven()
+    found = driven.pool.first_shrink
+    assert found is not None
     with caplog.at_level(logging.INFO):
         driven.forward(first_shrink.MIN_CENTER_TOKENS - 1)
         driven.forward(1)
-    assert driven.pool.first_shrink is not None
-    measured = driven.pool.first_shrink.measured
-    assert measured is not None and measured.layers == 0
-    assert any("only 496 tokens are there, and means need 512" in r.message for r in caplog.records)
-    driven.forward(CHUNK)
-    driven.forward(1)
-    assert not driven.center(0).any() and driven.pool.first_shrink.measured is measured
+        assert found.measured is not None and (found.measured.tokens, found.measured.layers) == (496, 0)
+        for layer in range(4):
+            driven.attend(layer)
+        without = dict(found.errors)
+        driven.forward(CHUNK)
+        driven.forward(1)
+        assert not driven.center(0).any() and driven.pool._watcher is found
+        driven.ledger.free(driven.pages)
+        driven.ledger.finish(1)
+        driven.pages, driven.tokens = np.empty(0, np.int64), 0
+        driven.keys = [keys[:0] for keys in driven.keys]
+        driven.forward(CHUNK)
+        driven.forward(1)
+    assert found.measured.layers == 3 and driven.center(0).any() and driven.pool._watcher is None
+    # What is coded now has other errors, and they are measured again.
+    for layer in range(4):
+        driven.attend(layer)
+    assert driven.pool.probe is None and found.errors[0] != without[0]
+    says = [r.message for r in caplog.records if "centres" in r.message]
+    assert len(says) == 2 and "only 496 tokens are there, and means need 512" in says[0]
+    assert "measured over 1024 tokens" in says[1]
 
 
 def test_tokens_are_spread_evenly_over_many_pages(monkeypatch: pytest.MonkeyPatch) -> None:

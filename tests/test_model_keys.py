@@ -18,12 +18,15 @@ from sglang_pmkvq.formats import PageShape, groups_from_finals
 from sglang_pmkvq.kernels.coding import Coding, Hadamard
 from sglang_pmkvq.kernels.reference.codes import center_term
 from sglang_pmkvq.kernels.rotary import Center, ModelKeys, center_bytes, chosen_blocks, default_center
+from sglang_pmkvq.serving import configuration as configuration_module
 from sglang_pmkvq.serving import engine
+from sglang_pmkvq.serving.config import PmkvqConfigError
 from sglang_pmkvq.serving.configuration import read_configuration
 from sglang_pmkvq.serving.model_keys import model_keys
 from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool
 from sglang_pmkvq.serving.pool_setup import PoolSetup
 from sglang_pmkvq.serving.sizing import choose_geometry, limits_for
+from tests.test_artifact import layered
 
 D, H, HQ, HIDDEN, CONTEXT = 64, 2, 4, 32, 512
 
@@ -355,3 +358,17 @@ def test_the_pool_is_what_was_sized(center: str) -> None:
         assert "layers 1 K4/V2 (key transform hadamard, value transform hadamard, key center " in setup.log_line()
         if center == "auto":
             assert "key center bias in 8 to 8 of 32 pairs" in setup.log_line()
+
+
+def test_centres_of_a_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a file chose is served with the model's own table; without one it is refused."""
+    monkeypatch.setattr(configuration_module, "load_for", lambda args: layered())
+    args, facts = arguments(pmkvq_calibration="c.safetensors"), replace(FACTS, layers=2)
+    configuration = read_configuration(args, facts, biased(300.0))
+    assert [configuration.center_source(g) for g in (0, 1)] == ["mean", "none"]
+    assert configuration.uncentered == ("", "the calibration has none")
+    center = configuration.codings[0].center
+    assert center is not None and not center.whole and configuration.center_bytes(100) > center.nbytes
+    keys = replace(biased(300.0), rotary=None, problem="mrope")
+    with pytest.raises(PmkvqConfigError, match=r"--pmkvq-calibration c.safetensors: .* \(mrope\); calibrate with"):
+        read_configuration(args, facts, keys)

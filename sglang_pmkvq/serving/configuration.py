@@ -39,6 +39,8 @@ class Configuration:
         calibration: what the calibration file says of itself, or None.
         warnings: sentences for the log.
         uncentered: per layer group, why its keys have no centre; "" where they have one. Empty if nobody asked.
+        calibrated_centers: per layer group, what a calibration chose: one name for all layers that have a centre, or
+            ``mixed``. Empty without a calibration.
     """
 
     shape: PageShape
@@ -48,6 +50,7 @@ class Configuration:
     calibration: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
     uncentered: tuple[str, ...] = ()
+    calibrated_centers: tuple[str, ...] = ()
 
     def center_bytes(self, tokens: int) -> int:
         """Bytes of centres and rotary table in a pool of so many tokens."""
@@ -60,12 +63,12 @@ class Configuration:
         return replace(self, codings=codings)
 
     def center_source(self, group: int) -> str:
-        """Where the centres of a group come from: ``none``, ``bias``, ``mean`` or ``calibration``."""
+        """Where the centres of a group come from: ``none``, ``bias``, ``mean``, or ``mixed`` by a calibration."""
         center = self.codings[group].center
-        if center is None:
+        if center is None or not center.used:
             return "none"
-        if self.calibration is not None:
-            return "calibration"
+        if self.calibrated_centers:
+            return self.calibrated_centers[group]
         return "mean" if center.whole else "bias"
 
 
@@ -88,6 +91,7 @@ def read_configuration(args: Any, facts: ModelFacts, keys: ModelKeys | None = No
     )
     groups = groups_from_finals(layer_finals(args, facts.layers, calibration))
     warnings: tuple[str, ...] = ()
+    calibrated: tuple[str, ...] = ()
     if calibration is None:
         transform, center = args.pmkvq_key_transform or "auto", args.pmkvq_key_center or "auto"
         codings = tuple(Coding.default(transform, group, shape, center, keys) for group in groups)
@@ -100,8 +104,17 @@ def read_configuration(args: Any, facts: ModelFacts, keys: ModelKeys | None = No
     else:
         rank, size = facts.attention_tp
         heads = rank_heads(calibration.num_kv_heads, size, rank)
-        codings = tuple(Coding.from_calibration(calibration, group.layers, heads, keys.rotary) for group in groups)
-        uncentered = tuple("" if c.center is not None else "the calibration has none" for c in codings)
+        try:
+            codings = tuple(Coding.from_calibration(calibration, group.layers, heads, keys.rotary) for group in groups)
+        except ValueError as error:
+            raise PmkvqConfigError(
+                f"--pmkvq-calibration {args.pmkvq_calibration}: {error} ({keys.problem}); calibrate with "
+                "--center none"
+            ) from error
+        has = [coding.center is not None and bool(coding.center.used) for coding in codings]
+        uncentered = tuple("" if one else "the calibration has none" for one in has)
+        kinds = [{calibration.centers[layer] for layer in group.layers} - {"none"} for group in groups]
+        calibrated = tuple(kind.pop() if len(kind) == 1 else "mixed" for kind in kinds)
     return Configuration(
         shape=shape,
         groups=groups,
@@ -116,6 +129,7 @@ def read_configuration(args: Any, facts: ModelFacts, keys: ModelKeys | None = No
         calibration=None if calibration is None else calibration.summary(),
         warnings=warnings,
         uncentered=uncentered,
+        calibrated_centers=calibrated,
     )
 
 

@@ -2,6 +2,7 @@
 
 Until then every page is at 16 bits, so the pool itself is the data. Centres that were to come (``Center.to_come``) are
 the mean of R_m⁻¹ k_m over the tokens of whole pages, and stay for the life of the process: codes cannot change theirs.
+If too few tokens are there, the first codes have no centre, and it is tried again when none of those codes is left.
 Of each layer group, keys of the first pages that shrink are kept until queries pass by, and the error that their
 codes make in attention logits is measured with them. Then nothing of this is left on any path.
 """
@@ -9,9 +10,10 @@ codes make in attention logits is measured with them. Then nothing of this is le
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +23,9 @@ from sglang_pmkvq.formats import STEP_BITS, STEP_MASK, UNITS_PER_SUPERBLOCK, K
 from sglang_pmkvq.kernels.reference.scores import key_error
 from sglang_pmkvq.kernels.rotary import MEASURED_BLOCKS, chosen_blocks
 from sglang_pmkvq.kernels.storage import GroupStorage
+
+if TYPE_CHECKING:
+    from sglang_pmkvq.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +46,7 @@ class MeasuredCenters:
     """What became of centres that were to be measured.
 
     Attributes:
-        tokens: that they are means of; fewer than ``MIN_CENTER_TOKENS`` and there are none.
+        tokens: that they are means of; fewer than ``MIN_CENTER_TOKENS`` and there are none yet.
         layers: that have one, of how many.
         seconds: it took.
     """
@@ -79,18 +84,18 @@ class FirstShrink:
 
     Args:
         storages: of all layer groups.
-        written_pages: logical pages that the coming forward does not write and earlier ones wrote whole, int64.
+        ledger: that the commands are from.
 
     Attributes:
-        measured: the centres, once measured; None before, or if none were to come.
+        measured: what was found where centres were to come, at the last try; None before.
         errors: per layer group, once measured.
         waiting: there are sampled keys that want queries.
     """
 
-    def __init__(self, storages: Sequence[GroupStorage], written_pages: Callable[[], np.ndarray]) -> None:
+    def __init__(self, storages: Sequence[GroupStorage], ledger: Ledger) -> None:
         self._storages = storages
-        self._written_pages = written_pages
-        self._centers_to_come = any(_to_come(storage) for storage in storages)
+        self._ledger = ledger
+        self._to_come = [g for g, storage in enumerate(storages) if _is_to_come(storage)]
         self._unsampled = {g for g, storage in enumerate(storages) if storage.group.k_final < 16}
         self._samples: dict[int, _Sample] = {}
         self.measured: MeasuredCenters | None = None
@@ -103,50 +108,60 @@ class FirstShrink:
     @property
     def watching(self) -> bool:
         """Whether ``before`` has anything left to do."""
-        return self._centers_to_come or bool(self._unsampled)
+        return bool(self._to_come or self._unsampled)
 
     def before(self, batch: CommandBatch) -> None:
         """Look at commands that are about to be executed; the pages are still as the forward before left them."""
-        for group in sorted(self._unsampled):
-            pages = _first_coded(batch, group, self._storages[group])
-            if not len(pages):
-                continue
-            if self._centers_to_come:
-                self._centers_to_come = False
-                self._measure_centers()
+        coded = {g: pages for g, s in enumerate(self._storages) if len(pages := _first_coded(batch, g, s))}
+        if any(g in coded for g in self._to_come) and not self._codes_live(coded):
+            self._measure_centers()
+        for group in sorted(self._unsampled & coded.keys()):
+            storage = self._storages[group]
             self._unsampled.discard(group)
-            self._samples[group] = _sample(self._storages[group], pages[: SAMPLED_KEYS // _page_size(self._storages)])
+            self._samples[group] = _sample(storage, coded[group][: SAMPLED_KEYS // storage.shape.page_size])
+
+    def _codes_live(self, coded: dict[int, np.ndarray]) -> bool:
+        """Whether keys of groups whose centres are to come have codes already, other than those about to be made."""
+        steps = self._ledger.page_steps(np.arange(1, self._ledger.num_pages + 1))
+        for group in self._to_come:
+            whole = [step for step, tiers in enumerate(self._storages[group].group.steps) if tiers[K] == 16]
+            pages = 1 + np.flatnonzero(steps[group] > max(whole))
+            if not np.isin(pages, coded.get(group, ())).all():
+                return True
+        return False
 
     # -- centres ---------------------------------------------------------------------------------------------
 
     def _measure_centers(self) -> None:
         start = perf_counter()
-        groups = [storage for storage in self._storages if _to_come(storage)]
-        written = np.sort(self._written_pages())
-        tokens, layers = 0, 0
-        for storage in groups:
-            pages = _whole_pages(storage, written)
-            held = len(pages) * storage.shape.page_size
-            tokens = max(tokens, min(held, MAX_CENTER_TOKENS))
-            if held >= MIN_CENTER_TOKENS:
-                layers += _fill(storage, _spread_evenly(pages, MAX_CENTER_TOKENS // storage.shape.page_size))
-        of_layers = sum(storage.num_layers for storage in groups)
-        self.measured = MeasuredCenters(tokens, layers, of_layers, perf_counter() - start)
-        if tokens < MIN_CENTER_TOKENS:
-            logger.info(
-                "pmkvq: keys stay without centres until the server is started again: the first page shrinks while only "
-                "%d tokens are there, and means need %d",
-                tokens,
-                MIN_CENTER_TOKENS,
-            )
-        else:
-            logger.info(
-                "pmkvq: centres of keys measured over %d tokens, %d of %d layers have one, %.2f s",
-                tokens,
-                layers,
-                of_layers,
-                self.measured.seconds,
-            )
+        written = self._ledger.written_pages()
+        pages = {g: _whole_pages(self._storages[g], written) for g in self._to_come}
+        size = self._storages[0].shape.page_size
+        held = min(map(len, pages.values())) * size
+        of_layers = sum(self._storages[g].num_layers for g in self._to_come)
+        if held < MIN_CENTER_TOKENS:
+            if self.measured is None:
+                logger.info(
+                    "pmkvq: keys have no centres yet: pages shrink while only %d tokens are there, and means need %d; "
+                    "measured once so many are there and no page is coded, as after a flush",
+                    held,
+                    MIN_CENTER_TOKENS,
+                )
+            self.measured = MeasuredCenters(held, 0, of_layers, perf_counter() - start)
+            return
+        most = MAX_CENTER_TOKENS // size
+        layers = sum(_fill(self._storages[g], _spread_evenly(found, most)) for g, found in pages.items())
+        self.measured = MeasuredCenters(min(held, MAX_CENTER_TOKENS), layers, of_layers, perf_counter() - start)
+        logger.info(
+            "pmkvq: centres of keys measured over %d tokens, %d of %d layers have one, %.2f s",
+            self.measured.tokens,
+            layers,
+            of_layers,
+            self.measured.seconds,
+        )
+        # What was found of codes without a centre holds no more.
+        self._unsampled |= set(self._to_come)
+        self._to_come = []
 
     # -- errors ----------------------------------------------------------------------------------------------
 
@@ -180,11 +195,7 @@ class FirstShrink:
             )
 
 
-def _page_size(storages: Sequence[GroupStorage]) -> int:
-    return storages[0].shape.page_size
-
-
-def _to_come(storage: GroupStorage) -> bool:
+def _is_to_come(storage: GroupStorage) -> bool:
     return storage.coding.center is not None and storage.coding.center.whole
 
 

@@ -30,7 +30,7 @@ def build_runtime(runner: ModelRunner, setup: PoolSetup) -> tuple[Callable[..., 
     def make_allocator(size: int, **kwargs: Any) -> PmkvqAllocator:
         current.allocator = PmkvqAllocator(size, max_requests=runner.req_to_token_pool.size, **kwargs)
         assert current.pool is not None
-        current.pool.watch(current.allocator.ledger.written_pages)
+        current.pool.watch(current.allocator.ledger)
         current.metrics = MetricsReporter(setup, current.allocator.ledger, current.pool)
         current.allocator.on_event = current.metrics.event
         if runtime.metric_labels is not None:

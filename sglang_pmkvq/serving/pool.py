@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from sglang_pmkvq.commands import CommandBatch
@@ -15,6 +14,9 @@ from sglang_pmkvq.serving.counters import DeviceCounters
 from sglang_pmkvq.serving.engine import KVCache, unwrap_write_loc
 from sglang_pmkvq.serving.first_shrink import FirstShrink
 from sglang_pmkvq.serving.pool_setup import PoolSetup
+
+if TYPE_CHECKING:
+    from sglang_pmkvq.ledger import Ledger
 
 
 def _unsupported(what: str) -> NotImplementedError:
@@ -110,9 +112,9 @@ class MixedPrecisionTokenPool(KVCache):
             self._watcher = watcher if watcher.watching else None
         self.kernels.execute(self.storages, batch)
 
-    def watch(self, written_pages: Callable[[], np.ndarray]) -> None:
-        """From now on look at commands for the first that codes keys, see ``FirstShrink``."""
-        self.first_shrink = FirstShrink(self.storages, written_pages)
+    def watch(self, ledger: Ledger) -> None:
+        """From now on look at commands of ``ledger`` for the first that codes keys, see ``FirstShrink``."""
+        self.first_shrink = FirstShrink(self.storages, ledger)
         self._watcher = self.first_shrink if self.first_shrink.watching else None
 
     def show_queries(self, group: int, index: int, q: torch.Tensor) -> None:
