@@ -74,7 +74,9 @@ class Run:
         if method.quant:
             params["custom_params"] = {"pmkvq_kv_bits": True}
         if item.tools:
-            params |= {"tool_choice": "required", "max_tokens": self.max_new}
+            # Not --tool-call-parser qwen25: its format begins with a token that Qwen2.5-Coder cannot write, and SGLang
+            # constrains it with structural tags that only xgrammar knows.
+            params |= {"tool_choice": "required", "parallel_tool_calls": False, "max_tokens": self.max_new}
             return server.converse(item.messages, item.tools, item.respond, **params)
         return server.generate(input_ids=ids, sampling_params={**params, "max_new_tokens": self.max_new, **item.params})
 
@@ -132,7 +134,6 @@ def measure(run: Run, method: Method, budget: int, sample: int = 0) -> dict[str,
     """Serve one method in ``budget`` bytes and answer every problem once."""
     # Of equal flags the server takes the last one.
     flags = ["--random-seed", str(run.options.seed + sample)]
-    flags += ["--tool-call-parser", "qwen25"] if run.options.task == "tools" else []
     # SGLang's default backend, xgrammar, ends the server at the first such request on a CPU.
     flags += ["--grammar-backend", "llguidance"] if run.options.task in ("tools", "orders") else []
     with experiment.serve_method(run.options, method, budget, run.concurrency, *flags) as server:
