@@ -29,7 +29,7 @@ CENTER_BITS = 12
 # that share.
 CENTER_TOLERANCE = 0.25
 # Blocks of pairs that each layer reads where centres are measured while serving: how many must be said at start.
-MEASURED_BLOCKS = 2
+MEASURED_BLOCKS = 4
 
 
 @dataclass(frozen=True)

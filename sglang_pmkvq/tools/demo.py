@@ -165,7 +165,7 @@ def serve_demo(
     flags: list[str] = []
     if model in models.MODELS and not Path(model).is_dir():
         folder, requests, tokens = models.get(model), list(CHAT_EXAMPLES), CHAT_POOL_TOKENS_AT_16_BITS
-        flags += [*CHAT_FLAGS, *models.MODELS[model].serve]
+        flags += CHAT_FLAGS
     else:
         folder = Path(model) if model is not None else BUNDLED_MODEL
         requests, tokens = examples(folder), POOL_TOKENS_AT_16_BITS

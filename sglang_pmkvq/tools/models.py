@@ -57,7 +57,6 @@ class Model:
         part_bytes: size of every part but the last, which may be smaller.
         sha256: of the joined GGUF file.
         folder_bytes: size of the finished folder, about.
-        serve: flags that a server with ``--kv-quant pmkvq`` needs to answer well.
     """
 
     name: str
@@ -70,12 +69,8 @@ class Model:
     gguf_bytes: int
     sha256: str
     folder_bytes: int
-    serve: tuple[str, ...] = ()
     license: str = "Apache-2.0"
 
-
-# The keys of these models have a bias, and survive no fewer than 8 bits.
-_KEY_BIAS = ("--pmkvq-final-bits", "k8v4")
 
 MODELS = {
     model.name: model
@@ -106,7 +101,6 @@ MODELS = {
             gguf_bytes=491_400_064,
             sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
             folder_bytes=1_275_000_000,
-            serve=_KEY_BIAS,
         ),
         Model(
             name="qwen2.5-coder-1.5b",
@@ -122,7 +116,6 @@ MODELS = {
             gguf_bytes=1_117_320_768,
             sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
             folder_bytes=3_570_000_000,
-            serve=_KEY_BIAS,
         ),
     )
 }
