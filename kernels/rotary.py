@@ -199,8 +199,8 @@ class Center:
         blocks: per layer, the blocks of pairs that are subtracted and read, ascending; () is no centre.
         rotary: table that has these blocks.
         whole: the centres are measured while serving, so the device's table keeps all blocks to choose from.
-        readers: per layer, fp32 ``[H, D, 16·n]``: q @ reader is what the table's rows of n blocks are multiplied
-            by; None where there is no centre.
+        channels: per layer, int64 ``[2, 8·n]``, first and second channels of the pairs of its n blocks.
+        pairs: per layer, fp32 ``[2, H, 1, 8·n]``, c there; None where there is no centre.
         places: per layer, int64 ``[n]``, where its blocks are in the table.
         factors: fp32 ``[2, L, H, D]``, what a channel's cosine and sine are multiplied by to make R_m c.
     """
@@ -209,7 +209,8 @@ class Center:
     blocks: tuple[tuple[int, ...], ...]
     rotary: RotaryTable
     whole: bool = False
-    readers: tuple[torch.Tensor | None, ...] = field(init=False, repr=False, compare=False)
+    channels: tuple[torch.Tensor, ...] = field(init=False, repr=False, compare=False)
+    pairs: tuple[torch.Tensor | None, ...] = field(init=False, repr=False, compare=False)
     places: tuple[torch.Tensor, ...] = field(init=False, repr=False, compare=False)
     factors: torch.Tensor = field(init=False, repr=False, compare=False)
 
@@ -218,14 +219,20 @@ class Center:
 
     def _derive(self) -> None:
         device = self.vector.device
-        readers, places = [], []
+        channels: list[torch.Tensor] = []
+        pairs: list[torch.Tensor | None] = []
+        places: list[torch.Tensor] = []
         for vector, blocks in zip(self.vector, self.blocks, strict=True):
             places.append(torch.tensor([self.rotary.blocks.index(b) for b in blocks], dtype=torch.int64, device=device))
-            readers.append(_reader(vector, blocks, self.rotary) if blocks else None)
+            own = torch.tensor(blocks, dtype=torch.int64)[:, None] * ROTARY_PAIRS + torch.arange(ROTARY_PAIRS)
+            both = torch.stack((self.rotary.first[own.flatten()], self.rotary.second[own.flatten()])).to(device)
+            channels.append(both)
+            pairs.append(vector[:, both].transpose(0, 1).unsqueeze(2).contiguous() if blocks else None)
         factors = torch.stack((self.vector, self.vector))
         factors[1][..., self.rotary.first] = -self.vector[..., self.rotary.second]
         factors[1][..., self.rotary.second] = self.vector[..., self.rotary.first]
-        for name, value in (("readers", tuple(readers)), ("places", tuple(places)), ("factors", factors)):
+        derived = {"channels": tuple(channels), "pairs": tuple(pairs), "places": tuple(places), "factors": factors}
+        for name, value in derived.items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -255,7 +262,8 @@ class Center:
         object.__setattr__(self, "blocks", filled.blocks)
         self.vector.copy_(filled.vector)
         self.factors.copy_(filled.factors)
-        for mine, new in ((self.readers, filled.readers), (self.places, filled.places)):
+        mine_and_new = ((self.channels, filled.channels), (self.pairs, filled.pairs), (self.places, filled.places))
+        for mine, new in mine_and_new:
             for a, b in zip(mine, new, strict=True):
                 if a is not None and b is not None:
                     a.copy_(b)
@@ -280,8 +288,8 @@ class Center:
     @property
     def nbytes(self) -> int:
         """Bytes of what the device holds beside the table."""
-        readers = sum(reader.nbytes for reader in self.readers if reader is not None)
-        return self.vector.nbytes + self.factors.nbytes + readers + sum(place.nbytes for place in self.places)
+        each = (*self.channels, *self.pairs, *self.places)
+        return self.vector.nbytes + self.factors.nbytes + sum(x.nbytes for x in each if x is not None)
 
     def pick(self, index: int | slice | list[int]) -> Center:
         """Some layers of the group; one layer stays a group of one."""
@@ -310,16 +318,25 @@ class Center:
 
     def subtracted(self, x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """k_m − R_m c of fp32 keys ``x [L, n, H, P, D]``, written over them; pages start at ``columns [n] · P``."""
-        for layer, reader in enumerate(self.readers):
-            if reader is not None:
-                rows = self.rotary.pages(self.places[layer], columns, x.shape[3])  # [n, P, 16 n_blocks]
-                x[layer] -= rows.unsqueeze(1) @ reader.transpose(1, 2)
+        for layer, pairs in enumerate(self.pairs):
+            if pairs is None:
+                continue
+            rows = self.rotary.pages(self.places[layer], columns, x.shape[3])  # [n, P, 16 n_blocks]
+            cos, sin = (part.flatten(2).unsqueeze(1) for part in rows.unflatten(2, (-1, 2, ROTARY_PAIRS)).unbind(3))
+            (c1, c2), (first, second) = pairs, self.channels[layer]
+            x[layer].index_add_(3, first, c1 * cos - c2 * sin, alpha=-1)
+            x[layer].index_add_(3, second, c2 * cos + c1 * sin, alpha=-1)
         return x
 
     def query_rows(self, q: torch.Tensor, layer: int) -> torch.Tensor | None:
         """``q [..., H, M, D]`` as it meets table rows, fp32 ``[..., H, M, 16·n]``; None without a centre."""
-        reader = self.readers[layer]
-        return None if reader is None else q.float() @ reader
+        pairs = self.pairs[layer]
+        if pairs is None:
+            return None
+        (c1, c2), (first, second) = pairs, self.channels[layer]
+        q1, q2 = q.index_select(-1, first).float(), q.index_select(-1, second).float()
+        rows = (q1 * c1).addcmul_(q2, c2), (q2 * c1).addcmul_(q1, c2, value=-1)
+        return torch.stack([row.unflatten(-1, (-1, ROTARY_PAIRS)) for row in rows], -2).flatten(-3)
 
 
 def on_one_table(
@@ -343,7 +360,7 @@ def on_one_table(
 
 
 def center_bytes(centers: Sequence[Center | None], tokens: int | None = None) -> int:
-    """Bytes on the device of what ``on_one_table`` makes: centres, their readers, and the table at 16 bits.
+    """Bytes on the device of what ``on_one_table`` makes: centres, and the table at 16 bits.
 
     Args:
         tokens: of the longest sequence that the table must serve; None is all that it has.
@@ -416,21 +433,3 @@ def default_center(keys: ModelKeys, layers: Sequence[int], heads: int, choice: s
     vector = torch.stack([zero if b is None else b for b in bias])
     blocks = chosen_blocks(vector, torch.stack([none if s is None else s for s in spread]), keys.rotary)
     return Center.of(vector, blocks, keys.rotary) if any(blocks) else "the bias is small against what varies"
-
-
-def _reader(vector: torch.Tensor, blocks: Sequence[int], rotary: RotaryTable) -> torch.Tensor:
-    """fp32 ``[H, D, 16·n]`` with q @ reader = (q₁c₁ + q₂c₂ of 8 pairs, q₂c₁ − q₁c₂ of 8 pairs) per block.
-
-    Transposed it makes R_m c of a table row. Each entry of either product has two summands.
-    """
-    heads, dim = vector.shape
-    out = torch.zeros(heads, dim, len(blocks), 2, ROTARY_PAIRS, dtype=torch.float32, device=vector.device)
-    pair = torch.arange(ROTARY_PAIRS)
-    for i, block in enumerate(blocks):
-        first, second = rotary.channels(block)
-        c1, c2 = vector[:, first], vector[:, second]
-        out[:, first, i, 0, pair] = c1
-        out[:, second, i, 0, pair] = c2
-        out[:, first, i, 1, pair] = -c2
-        out[:, second, i, 1, pair] = c1
-    return out.flatten(2)

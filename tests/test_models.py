@@ -380,7 +380,7 @@ def test_another_kind_of_tokenizer_is_refused() -> None:
 def test_the_demo_gets_a_model_by_name(downloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 256}
     monkeypatch.setattr(models, "convert", lambda _, made: (made / "config.json").write_text(json.dumps(config)))
-    monkeypatch.setitem(models.MODELS, "tiny", replace(TINY, serve=("--pmkvq-final-bits", "k8v4")))
+    monkeypatch.setitem(models.MODELS, "tiny", TINY)
     ran: list[tuple[list[str], list[demo.Example]]] = []
 
     def supervise(command: list[str], _env: Any, _url: str, requests: list[demo.Example]) -> int:
@@ -391,7 +391,7 @@ def test_the_demo_gets_a_model_by_name(downloaded: Path, monkeypatch: pytest.Mon
     assert main(["serve-demo", "--model", "tiny", "--port", "0", "--", "--page-size", "32"]) == 0
     ((command, requests),) = ran
     assert command[command.index("--model-path") + 1] == str(downloaded)
-    assert command[-4:] == ["--pmkvq-final-bits", "k8v4", "--page-size", "32"]
+    assert command[-2:] == ["--page-size", "32"]
     assert int(command[command.index("--pmkvq-pool-bytes") + 1]) == demo.CHAT_POOL_TOKENS_AT_16_BITS * 2 * 2 * 64 * 2
     assert requests == list(demo.CHAT_EXAMPLES)
     # A folder of that name is what was meant, if there is one.
@@ -410,8 +410,8 @@ def test_the_pool_of_the_demo_holds_its_questions(name: str, layers: int, kv_hea
     from sglang_pmkvq.ledger.policy import PolicyConfig
     from sglang_pmkvq.serving import sizing
 
-    keys = 8 if models.MODELS[name].serve else 4
-    groups = (LayerGroup(tuple(range(layers)), keys, 4),)
+    assert name in models.MODELS
+    groups = (LayerGroup(tuple(range(layers)), 4, 4),)
     shape = PageShape(16, kv_heads, head_dim, 64)
     flags = dict(zip(demo.CHAT_FLAGS[::2], map(int, demo.CHAT_FLAGS[1::2]), strict=True))
     limits = sizing.limits_for(flags["--max-running-requests"], flags["--chunked-prefill-size"], 16, PolicyConfig())

@@ -105,7 +105,7 @@ def test_what_readers_add_is_the_query_times_the_turned_centre(dim: int, style: 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("style", STYLES)
 def test_everyone_subtracts_the_same_bits(style: str, dtype: torch.dtype) -> None:
-    """Products are exact, so a matrix product, its transpose, and pairs one by one agree; so must a GPU."""
+    """Products are exact, so whatever order they are summed in agrees, fused or not; so must a GPU."""
     center = centers(128, style, dtype)
     columns = torch.tensor([0, 5, 11])
     got = -center.subtracted(torch.zeros(L, 3, H, P, 128), columns)
@@ -165,7 +165,7 @@ def test_blocks_are_as_few_as_leave_the_tolerance() -> None:
     vector[1, 0, table.first[9]] = 2.0  # block 1
     vector[2] = 0.1
     spread = torch.full((3, H), 64.0)
-    assert chosen_blocks(vector, spread, table) == ((0,), (1, 2), ())
+    assert chosen_blocks(vector, spread, table, tolerance=0.05) == ((0,), (1, 2), ())
     assert chosen_blocks(vector, spread, table, tolerance=0.1) == ((0,), (2,), ())
     assert chosen_blocks(vector, spread, table, most=1) == ((0,), (2,), ())
     assert chosen_blocks(vector, spread, table, tolerance=0.0) == ((0,), (1, 2), (0, 1, 2, 3))
@@ -191,7 +191,7 @@ def test_a_centre_is_nothing_outside_its_blocks() -> None:
     center = Center.of(torch.ones(2, H, 64), [(1,), ()], table)
     inside = torch.cat(table.channels(1))
     assert center.vector[0, :, inside].all() and int(center.vector.count_nonzero()) == H * 16
-    assert center.used == (1,) and center.readers[1] is None
+    assert center.used == (1,) and center.pairs[1] is None
     assert Coding(center=center).center_queries(torch.randn(1, H, 1, 64), 1) is None
 
 
@@ -312,14 +312,14 @@ def test_centres_are_filled_in_place_and_once() -> None:
     table = table_of(64)
     center = Center.to_come(L, H, table, 2)
     assert not center.vector.any() and center.blocks == ((0, 1),) * L
-    tensors = [center.vector, center.factors, *center.readers, *center.places]
+    tensors = [center.vector, center.factors, *center.channels, *center.pairs, *center.places]
     vector = torch.randn(L, H, 64) * 10
     center.fill(vector, [(3,), (), (1, 2)])
     assert center.blocks == ((0, 3), (0, 1), (1, 2))
     want = Center.of(vector, center.blocks, table)
-    after = [center.vector, center.factors, *center.readers, *center.places]
+    after = [center.vector, center.factors, *center.channels, *center.pairs, *center.places]
     assert all(a is b for a, b in zip(tensors, after, strict=True)), "a captured graph would read the old ones"
-    for mine, other in zip(after, [want.vector, want.factors, *want.readers, *want.places], strict=True):
+    for mine, other in zip(after, [want.vector, want.factors, *want.channels, *want.pairs, *want.places], strict=True):
         assert mine is not None and other is not None and torch.equal(mine, other)
     with pytest.raises(AssertionError, match="once"):
         center.fill(vector, [(3,), (), (1, 2)])
