@@ -144,7 +144,8 @@ def test_centres_are_measured_before_the_first_shrink(caplog: pytest.LogCaptureF
         group, index = driven.pool.place(layer)
         storage = driven.pool.storages[group]
         center = storage.coding.center
-        assert center is not None and center.blocks[index] == (1, 3) and len(center.blocks[index]) == MEASURED_BLOCKS
+        assert center is not None and {1, 3} <= set(center.blocks[index])
+        assert len(center.blocks[index]) == min(MEASURED_BLOCKS, D // 16)
         page = int(driven.pages[5])
         read = read_page(storage, K, index, page)
         want = fake_quantize(
