@@ -20,6 +20,7 @@ ALLOWED = {
     ("sglang_pmkvq.tools.demo", "socket"),
     ("sglang_pmkvq.tools.demo", "subprocess"),
     ("sglang_pmkvq.tools.demo", "urlopen"),
+    ("sglang_pmkvq.tools.models", "subprocess"),
     ("sglang_pmkvq.serving.plugin", "execve"),
 }
 

@@ -69,7 +69,8 @@ def test_a_huge_bias_of_keys(tmp_path: Path) -> None:
 
 def test_means_are_measured_once_and_survive_a_flush() -> None:
     """The bundled model has no bias of keys; its first long prompt gives the means, whatever short ones came before."""
-    args = [*STATIC, "--pmkvq-final-bits", "4", "--pmkvq-pool-bytes", "8MiB", "--chunked-prefill-size", "1024"]
+    args = [*STATIC, "--pmkvq-final-bits", "4", "--pmkvq-pool-bytes", "32MiB", "--chunked-prefill-size", "1024"]
+    args += ["--context-length", "2048"]
     (prompt,) = random_prompts(6, 1, 1000, 100)
     with serve(REASONER, args, env=STRICT, device="cpu") as server:
         assert server.pool()["key_center"] == "mean"

@@ -179,7 +179,7 @@ def fake_quantize(
         return x
     transform, center = coding.transform_of(side), None
     values = x.float()
-    if side == K:
+    if side == K and coding.center is not None:
         center = center_term(coding, torch.arange(x.shape[-2]) if positions is None else positions)
     if center is not None:
         values = values - center

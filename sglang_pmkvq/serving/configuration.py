@@ -56,6 +56,22 @@ class Configuration:
         """Bytes of centres and rotary table in a pool of so many tokens."""
         return center_bytes([coding.center for coding in self.codings], tokens)
 
+    @property
+    def measures_means(self) -> bool:
+        """Whether centres are still to be measured."""
+        return any(coding.center is not None and coding.center.whole for coding in self.codings)
+
+    def without_means(self, why: str) -> Configuration:
+        """The same without centres that are still to be measured."""
+        measured = [coding.center is not None and coding.center.whole for coding in self.codings]
+        codings = tuple(replace(c, center=None) if m else c for c, m in zip(self.codings, measured, strict=True))
+        reasons = self.uncentered or ("",) * len(self.groups)
+        return replace(
+            self,
+            codings=codings,
+            uncentered=tuple(why if m else reason for m, reason in zip(measured, reasons, strict=True)),
+        )
+
     def for_tokens(self, tokens: int) -> Configuration:
         """The same with a rotary table that is no longer than a pool of so many tokens needs."""
         centers = [None if coding.center is None else coding.center.upto(tokens) for coding in self.codings]

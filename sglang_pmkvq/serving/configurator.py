@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 # What SGLang assumes where neither the user nor its own defaults bound the requests.
 STOCK_MAX_RUNNING = 2048
+# Means of keys help where keys are coarse, and their table is as long as the longest request: in a small pool it would
+# cost more tokens than it is worth. A key bias is taken off whatever it costs.
+MEANS_SHARE = 0.03
 
 
 class PmkvqPoolConfigurator(DefaultPoolConfigurator):
@@ -92,6 +95,11 @@ class PmkvqPoolConfigurator(DefaultPoolConfigurator):
             bool(args.pmkvq_default_chunk),
         )
         page = configuration.shape.page_size
+        if configuration.measures_means:
+            plain = configuration.without_means("means of keys would take more than 3 % of the pool")
+            geometry = choose_geometry(plain.shape, plain.groups, budget, limits, plain.center_bytes)
+            if configuration.center_bytes(geometry.num_pages * page) > MEANS_SHARE * budget:
+                configuration = plain
         geometry = choose_geometry(
             configuration.shape, configuration.groups, budget, limits, configuration.center_bytes
         )
