@@ -34,7 +34,7 @@ from sglang_pmkvq.kernels.rotary import CENTER_TOLERANCE, Center, RotaryTable
 # The error of a layer's own output settles within a few samples.
 SEARCH_SAMPLES = 16
 # Of what partial results hold: those of other versions are not taken up.
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,14 @@ class _Run:
             self.workspace, name, count, state, lambda i, s: step(samples[i], s), label=label, quiet=self.quiet
         )
 
-    def _search_sweep(self, name: str, label: str, state: State, step: Any) -> State:
-        return self._sweep(name, label, min(SEARCH_SAMPLES, len(self.corpus.samples)), state, step)
+    def _search_sweep(self, name: str, label: str, half: int, state: State, step: Any) -> State:
+        """Over every second search sample, from ``half`` on: α is fitted to samples 0, 2, …, and candidates are
+        measured on samples 1, 3, …, or scales would be praised for what they were fitted to. A lone sample is both."""
+        searched = self.corpus.samples[:SEARCH_SAMPLES]
+        samples = searched[half::2] or searched
+        return sweep(
+            self.workspace, name, len(samples), state, lambda i, s: step(samples[i], s), label=label, quiet=self.quiet
+        )
 
     @cached_property
     def rotary(self) -> RotaryTable:
@@ -250,6 +256,7 @@ class _Run:
         state = self._search_sweep(
             "alphas",
             "2/4 scales per width",
+            0,
             {"error": torch.zeros(shape, dtype=torch.float64)},
             lambda sample, s: reparam.observe_alphas(model, sample, key_max, around, self.group_size, s),
         )
@@ -275,6 +282,7 @@ class _Run:
         return self._search_sweep(
             "codings",
             "2/4 transforms, centres, clip",
+            1,
             reparam.error_state(model, len(search.candidates)),
             lambda sample, s: reparam.observe_codings(model, sample, keys, clip, self.group_size, s),
         )

@@ -356,7 +356,32 @@ def test_scales_that_break_a_layer_are_not_chosen(tmp_path: Path) -> None:
     )
     errors = auto.report["key_errors"][1]
     assert errors[f"none+{auto.transforms[1]}"] == min(errors.values())
-    assert errors["none+scale"] == got.report["key_errors"][1]["none+scale"] < errors["none+none"] / 5
+    assert errors["none+scale"] == got.report["key_errors"][1]["none+scale"] < errors["none+none"] / 3
+
+
+def test_scales_are_not_measured_on_what_they_were_fitted_to(
+    small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of α and of candidates are apart, and a lone sample serves both."""
+    seen: dict[str, list[tuple[int, ...]]] = {"observe_alphas": [], "observe_codings": []}
+
+    def noting(name: str, real: Any) -> Any:
+        def observe(model: Any, sample: Sample, *rest: Any) -> None:
+            seen[name].append(tuple(sample.tokens))
+            real(model, sample, *rest)
+
+        return observe
+
+    for name in seen:
+        monkeypatch.setattr(reparam, name, noting(name, getattr(reparam, name)))
+    calibrate(settings(*small, sensitivity="taylor", kl_samples=0, samples=5), tmp_path / "a", quiet=True)
+    fitted, measured = map(set, seen.values())
+    assert (len(fitted), len(measured)) == (3, 2) and not fitted & measured
+    for tokens in seen.values():
+        tokens.clear()
+    calibrate(settings(*small, sensitivity="taylor", kl_samples=0, samples=1), tmp_path / "b", quiet=True)
+    fitted, measured = map(set, seen.values())
+    assert fitted == measured and len(fitted) == 1
 
 
 def test_choices_prefer_the_simpler_on_a_tie(biased: tuple[Path, Path]) -> None:
