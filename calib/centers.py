@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_pmkvq.calib.model import SINK
 from sglang_pmkvq.calib.sweep import State
 from sglang_pmkvq.kernels.rotary import Center, RotaryTable, chosen_blocks
 
@@ -28,21 +29,21 @@ def mean_state(layers: int, heads: int, head_dim: int) -> State:
 
 
 def add_keys(state: State, layer: int, keys: torch.Tensor, rotary: RotaryTable) -> None:
-    """Add keys [H, T, D] of one sample, turned by rows 0 .. T − 1 of ``rotary``."""
-    flat = rotary.unturned(keys, torch.arange(keys.shape[1])).double()
+    """Add keys [H, T, D] of one sample, turned by rows 0 .. T − 1 of ``rotary``, but for the first page."""
+    flat = rotary.unturned(keys, torch.arange(keys.shape[1])).double()[:, SINK:]
     state["sum"][layer] += flat.sum(1).cpu()
     state["squares"][layer] += flat.square().sum(1).cpu()
-    state["tokens"][layer] += keys.shape[1]
+    state["tokens"][layer] += flat.shape[1]
 
 
 def mean_of(state: State) -> torch.Tensor:
     """Mean key before it is turned, fp32 [L, H, D]."""
-    return (state["sum"] / state["tokens"].view(-1, 1, 1)).float()
+    return (state["sum"] / state["tokens"].view(-1, 1, 1).clamp_min(1)).float()
 
 
 def spread_around(state: State, vector: torch.Tensor) -> torch.Tensor:
     """fp32 [L, H]: mean squared distance of keys from ``vector [L, H, D]``, summed over channels."""
-    tokens = state["tokens"].view(-1, 1, 1)
+    tokens = state["tokens"].view(-1, 1, 1).clamp_min(1)
     c = vector.double()
     each = state["squares"] / tokens - 2 * c * state["sum"] / tokens + c.square()
     return each.sum(-1).clamp_min(0.0).float()

@@ -16,11 +16,15 @@ from torch.nn import functional as F
 
 from sglang_pmkvq.calib.corpus import Sample
 from sglang_pmkvq.calib.positions import NATURAL, stretched_positions
+from sglang_pmkvq.formats import PAGE_SIZES
 from sglang_pmkvq.kernels.rotary import RotaryTable
 
 SEAM = "pmkvq_calibration"
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 LOGIT_ROWS = 256
+# Tokens that a server keeps at 16 bits unless told otherwise: the first page of a sequence. Attention of many models
+# rests on the first token, whose key is like no other; measured with the rest it would decide what is done to all.
+SINK = PAGE_SIZES[0]
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(layer, query [1, Hq, T, D], key [1, H, T, D], value [1, H, T, D]) → (key, value) that attention uses."""
@@ -39,6 +43,11 @@ def _attention(
     key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=options.get("scaling"))
     return out.transpose(1, 2).contiguous(), None
+
+
+def as_served(low: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Keys or values ``low [..., T, D]`` but for the first page, which stays ``exact``."""
+    return torch.cat((exact[..., :SINK, :].to(low.dtype), low[..., SINK:, :]), -2)
 
 
 @contextmanager

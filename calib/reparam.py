@@ -26,7 +26,7 @@ import torch
 
 from sglang_pmkvq.calib.centers import add_keys
 from sglang_pmkvq.calib.corpus import Sample
-from sglang_pmkvq.calib.model import CalibrationModel, observing
+from sglang_pmkvq.calib.model import SINK, CalibrationModel, as_served, observing
 from sglang_pmkvq.calib.positions import NATURAL, turn
 from sglang_pmkvq.calib.sensitivity import WIDTHS
 from sglang_pmkvq.calib.sweep import State
@@ -67,6 +67,7 @@ def observe_ranges(
 ) -> None:
     """Raise the per-channel maxima of |K| by one sample, once per effective length (paper eq. 10, 12).
 
+    The first page is left out, as everywhere: see ``model.SINK``.
     Adds natural keys to the sums of ``centers.mean_state`` too, if ``state`` has them.
 
     Args:
@@ -74,7 +75,8 @@ def observe_ranges(
         centers: of all layers, taken off before; None for keys as they are.
     """
     def raise_to(index: int, place: int, layer: int, keys: torch.Tensor) -> None:
-        largest = keys.abs().amax(1).cpu()
+        coded = keys[:, SINK:] if keys.shape[1] > SINK else keys
+        largest = coded.abs().amax(1).cpu()
         kept = state["key_max"][index, place, layer]
         torch.maximum(kept, largest, out=kept)
 
@@ -207,7 +209,10 @@ def observe_codings(
 
 
 class _Output:
-    """Attention of some query rows of one layer and sample, and how far it is off with other keys or values."""
+    """Attention of some query rows of one layer and sample, and how far it is off with other keys or values.
+
+    Those of the first page stay.
+    """
 
     def __init__(self, model: CalibrationModel, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         self.query, self.rows = query_rows(q[0])
@@ -222,11 +227,12 @@ class _Output:
 
     def error(self, key: torch.Tensor) -> torch.Tensor:
         """Summed squared error with ``key [H, T, D]``, float64 [H]."""
+        key = as_served(key, self.key)
         return _total(attention_rows(self.query, key, self.value, self.rows, self.scaling) - self.exact)
 
     def value_error(self, value: torch.Tensor) -> torch.Tensor:
         """The same with ``value [H, T, D]``: attention is linear in values."""
-        off = value.float() - self.value.float()
+        off = as_served(value.float(), self.value) - self.value.float()
         return _total(attention_rows(self.query, self.key, off, self.rows, self.scaling))
 
 

@@ -25,7 +25,7 @@ from sglang_pmkvq.calib import allocate, candidates, positions, reparam, sensiti
 from sglang_pmkvq.calib.candidates import AUTO, CENTER_ORDER, TRANSFORM_ORDER, Keys, Search, asked
 from sglang_pmkvq.calib.centers import KeyCenter, key_centers, mean_state
 from sglang_pmkvq.calib.corpus import Corpus, load_corpus
-from sglang_pmkvq.calib.model import CalibrationModel
+from sglang_pmkvq.calib.model import SINK, CalibrationModel
 from sglang_pmkvq.calib.sweep import State, Workspace, sweep
 from sglang_pmkvq.formats import GROUP_SIZES, ROTARY_PAIRS, K, V
 from sglang_pmkvq.kernels.coding import Coding
@@ -34,7 +34,7 @@ from sglang_pmkvq.kernels.rotary import CENTER_TOLERANCE, Center, RotaryTable
 # The error of a layer's own output settles within a few samples.
 SEARCH_SAMPLES = 16
 # Of what partial results hold: those of other versions are not taken up.
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Settings:
                 raise ValueError(f"--{flag} {value}: expected one of {', '.join(allowed)}")
         if not self.widths or set(self.widths) - {16, *sensitivity.WIDTHS}:
             raise ValueError(f"--widths {','.join(map(str, self.widths))}: expected some of 2,4,8,16")
-        if self.samples < 1 or self.seq_len < 16:
-            raise ValueError("--samples must be at least 1 and --seq-len at least 16")
+        if self.samples < 1 or self.seq_len < 2 * SINK:
+            raise ValueError(f"--samples must be at least 1 and --seq-len at least {2 * SINK}")
         if self.kl_samples < 0 or (self.sensitivity == "kl" and self.kl_samples == 0):
             raise ValueError("--kl-samples: --sensitivity kl needs at least 1")
         if self.max_groups < 1:

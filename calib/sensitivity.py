@@ -2,7 +2,7 @@
 
 Taylor (paper sec. 3.2, eq. 5): ‖G ⊙ (X − Q_b(X))‖₁, G the gradient of the loss with respect to X; K after
 RoPE and V apart. Measured: KL divergence of the output when only that side of that layer is quantized. Both
-quantize exactly as the pool does, equivalent right shifts included.
+quantize exactly as the pool does, equivalent right shifts included, and leave the first page as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sglang_pmkvq.calib.corpus import Sample
-from sglang_pmkvq.calib.model import CalibrationModel, observing
+from sglang_pmkvq.calib.model import CalibrationModel, as_served, observing
 from sglang_pmkvq.calib.sweep import State
 from sglang_pmkvq.formats import TIERS, K, V
 from sglang_pmkvq.kernels.coding import Coding
@@ -56,7 +56,7 @@ def observe_taylor(
     def add(layer: int, side: int, x: torch.Tensor, grad: torch.Tensor) -> None:
         exact = x.float()
         for place, bits in enumerate(WIDTHS):
-            error = exact - fake_quantize(exact, bits, group_size, codings[place].pick(layer), side)
+            error = exact - as_served(fake_quantize(exact, bits, group_size, codings[place].pick(layer), side), exact)
             state["taylor"][layer, side, place] += (grad.float() * error).abs().sum(dtype=torch.float64).cpu()
 
     with observing(observer):
@@ -97,8 +97,8 @@ def observe_kl(
                     if at != where[0]:
                         return k, v
                     if where[1] == K:
-                        return fake_quantize(k, where[2], group_size, coding), v
-                    return k, fake_quantize(v, where[2], group_size, coding, V)
+                        return as_served(fake_quantize(k, where[2], group_size, coding), k), v
+                    return k, as_served(fake_quantize(v, where[2], group_size, coding, V), v)
 
                 with observing(observer):
                     other = model.log_probs(model.hidden_from(layer, inputs[layer])[rows])

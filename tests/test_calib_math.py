@@ -98,7 +98,8 @@ def test_taylor_is_the_papers_formula(model: CalibrationModel, sample: Sample) -
                 scale = scales[place, layer][:, None] if side == 0 else torch.ones(())
                 clip = clips[layer] if side == 0 and bits == 2 else None
                 q = fake_quantize(x.detach() / scale, bits, GROUP, Coding(key_clip=clip)) * scale
-                want = float((x.grad * (x.detach() - q)).abs().sum())  # type: ignore[operator]
+                off = (x.grad * (x.detach() - q)).abs()  # type: ignore[operator]
+                want = float(off[:, :, 16:].sum())  # the pool keeps the first page as it is
                 assert float(state["taylor"][layer, side, place]) == pytest.approx(want, rel=2e-3)
     assert int(state["targets"]) == LENGTH - first
 
@@ -122,7 +123,8 @@ def test_kl_is_that_of_a_whole_forward(model: CalibrationModel, sample: Sample, 
                     pair = [k, v]
                     if at == layer:
                         coding = Coding(transform, clips[layer]) if side == 0 else None
-                        pair[side] = fake_quantize(pair[side], 2, GROUP, coding)
+                        whole = fake_quantize(pair[side], 2, GROUP, coding)
+                        pair[side] = torch.where(torch.arange(LENGTH)[:, None] < 16, pair[side], whole)
                     return pair[0], pair[1]
 
                 with observing(low):
@@ -198,7 +200,7 @@ def test_ranges_are_maxima_over_samples(model: CalibrationModel) -> None:
         def observer(
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            largest[layer] = torch.maximum(largest[layer], k[0].abs().max(1).values)
+            largest[layer] = torch.maximum(largest[layer], k[0, :, 16:].abs().max(1).values)
             return k, v
 
         with observing(observer):
@@ -232,7 +234,7 @@ def test_ranges_around_centres(model: CalibrationModel, sample: Sample, mode: st
                 keys = turn(keys, model.angles(LENGTH), angles)
             still = torch.stack((torch.ones_like(angles[0]), torch.zeros_like(angles[0])))
             kept = center.vector[layer][:, None].expand_as(keys)
-            want = torch.stack((keys, keys - turn(kept, still, angles))).abs().amax(2)
+            want = torch.stack((keys, keys - turn(kept, still, angles)))[:, :, 16:].abs().amax(2)
             assert torch.allclose(state["key_max"][:, place, layer], want, atol=1e-4)
 
 
@@ -298,7 +300,7 @@ def test_means_are_of_keys_before_they_are_turned(model: CalibrationModel) -> No
         out: list[torch.Tensor] = []
         last = getattr(module.self_attn, "k_norm", None) or module.self_attn.k_proj
         hook = last.register_forward_hook(
-            lambda _, given, result, out=out: out.append(result.view(-1, model.kv_heads, model.head_dim))
+            lambda _, given, result, out=out: out.append(result.view(-1, model.kv_heads, model.head_dim)[16:])
         )
         for one in samples:
             model.hidden(one)
@@ -358,8 +360,9 @@ def kept(model: CalibrationModel, sample: Sample) -> list[tuple[torch.Tensor, ..
 def output_error(
     model: CalibrationModel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, low: torch.Tensor, side: int = K
 ) -> torch.Tensor:
-    """Squared error per KV head by the reference attention, ``low`` [T, H, D] in place of one side."""
+    """Squared error per KV head by the reference attention, ``low`` [T, H, D] in place of one side past a page."""
     scale = model.head_dim**-0.5
+    low = torch.cat(((k if side == K else v)[:16], low[16:]))
     out = attention(q, low if side == K else k, low if side == V else v, scale, prefix_len=0)[0]
     off = (out - attention(q, k, v, scale, prefix_len=0)[0]).square().sum((0, 2))
     return off.view(model.kv_heads, -1).sum(1)

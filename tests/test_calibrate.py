@@ -453,6 +453,7 @@ def test_without_clipping(small: tuple[Path, Path], tmp_path: Path) -> None:
         ({"sensitivity": "kl", "kl_samples": 0}, "--kl-samples"),
         ({"widths": (2, 3)}, "--widths 2,3"),
         ({"samples": 0}, "--samples"),
+        ({"seq_len": 31}, "--seq-len at least 32"),
         ({"max_groups": 0}, "--max-groups 0"),
         ({"group_size": 128}, "--group-size 128 does not divide this model's head_dim 64; use one of 32, 64"),
         ({"target": "1"}, "bytes per token are infeasible; the smallest budget for widths 2, 4, 8 is"),
