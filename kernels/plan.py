@@ -31,6 +31,8 @@ STRIP_ELEMENTS = 1 << 17
 # Elements of one side of a tile: bounds what a tile computes once for all its strips (scores, zeros, scales), some
 # hundredths of it.
 TILE_ELEMENTS = 1 << 21
+# Tokens of a plan up to which rows of the rotary table are kept for the next layer: 64 bytes each and block.
+KEPT_TOKENS = 1 << 16
 NO_POSITION = np.iinfo(np.int32).max
 
 
@@ -89,6 +91,8 @@ class Tile:
         position: int32 ``[1, 1, C*P]``, position of each token in its sequence, ``NO_POSITION`` where
             absent; only in tiles of one item, for the causal mask.
         first, last: smallest and largest present position; only in tiles of one item.
+        table_rows: what ``partials`` read of the rotary table, fp32 ``[n, 16, C*P]`` by place of the block: the same in
+            all layers. Filled as they come; None where they would be too many to keep.
     """
 
     items: int
@@ -103,6 +107,7 @@ class Tile:
     position: torch.Tensor | None
     first: int
     last: int
+    table_rows: dict[int, torch.Tensor] | None
 
 
 def build_tiles(storage: GroupStorage, lists: PageLists, one_item_tiles: bool = False) -> tuple[Tile, ...]:
@@ -301,6 +306,7 @@ def _tiles(storage: GroupStorage, lists: PageLists, chosen: np.ndarray, one_item
                 position=position,
                 first=first,
                 last=last,
+                table_rows={} if items.count * c * storage.shape.page_size <= KEPT_TOKENS else None,
             )
         )
     return tuple(tiles)

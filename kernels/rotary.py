@@ -201,7 +201,7 @@ class Center:
         whole: the centres are measured while serving, so the device's table keeps all blocks to choose from.
         channels: per layer, int64 ``[2, 8·n]``, first and second channels of the pairs of its n blocks.
         pairs: per layer, fp32 ``[2, H, 1, 8·n]``, c there; None where there is no centre.
-        places: per layer, int64 ``[n]``, where its blocks are in the table.
+        places: per layer, int64 ``[n]``, where its blocks are in the table; ``place_numbers`` the same on the host.
         factors: fp32 ``[2, L, H, D]``, what a channel's cosine and sine are multiplied by to make R_m c.
     """
 
@@ -212,6 +212,7 @@ class Center:
     channels: tuple[torch.Tensor, ...] = field(init=False, repr=False, compare=False)
     pairs: tuple[torch.Tensor | None, ...] = field(init=False, repr=False, compare=False)
     places: tuple[torch.Tensor, ...] = field(init=False, repr=False, compare=False)
+    place_numbers: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
     factors: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -222,6 +223,7 @@ class Center:
         channels: list[torch.Tensor] = []
         pairs: list[torch.Tensor | None] = []
         places: list[torch.Tensor] = []
+        numbers = tuple(tuple(self.rotary.blocks.index(block) for block in blocks) for blocks in self.blocks)
         for vector, blocks in zip(self.vector, self.blocks, strict=True):
             places.append(torch.tensor([self.rotary.blocks.index(b) for b in blocks], dtype=torch.int64, device=device))
             own = torch.tensor(blocks, dtype=torch.int64)[:, None] * ROTARY_PAIRS + torch.arange(ROTARY_PAIRS)
@@ -232,7 +234,7 @@ class Center:
         factors[1][..., self.rotary.first] = -self.vector[..., self.rotary.second]
         factors[1][..., self.rotary.second] = self.vector[..., self.rotary.first]
         derived = {"channels": tuple(channels), "pairs": tuple(pairs), "places": tuple(places), "factors": factors}
-        for name, value in derived.items():
+        for name, value in {**derived, "place_numbers": numbers}.items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -260,6 +262,7 @@ class Center:
             self.rotary,
         )
         object.__setattr__(self, "blocks", filled.blocks)
+        object.__setattr__(self, "place_numbers", filled.place_numbers)
         self.vector.copy_(filled.vector)
         self.factors.copy_(filled.factors)
         mine_and_new = ((self.channels, filled.channels), (self.pairs, filled.pairs), (self.places, filled.places))

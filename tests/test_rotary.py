@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_pmkvq.formats import HEAD_DIMS, LayerGroup, PageShape, geometry_for_pages
+from sglang_pmkvq.kernels import plan
 from sglang_pmkvq.kernels.coding import Coding, Hadamard
 from sglang_pmkvq.kernels.reference import codes as reference
 from sglang_pmkvq.kernels.reference.attention import read_sequence
@@ -215,6 +216,25 @@ def test_decode_and_extend_read_what_the_reference_reads(shape: int, finals: tup
     style = STYLES[(shape + finals[0]) % 3]
     check_decode(inputs_of(shape, finals, [1, p - 1, p + 1, 3 * p + 5, 7 * p], center=style, clip=True))
     check_extend(inputs_of(shape, finals, [1, p + 1, 3 * p + 5], center=style), [0, p - 3, 2 * p])
+
+
+def test_rows_of_the_table_are_kept_for_the_next_layer_or_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once per tile and block, whichever layer asks; where there are too many tokens, every time: the same outputs."""
+    inputs = inputs_of(0, (4, 2), [200, 33, 90])
+    decode = TorchKernels().decode(use_stock=False)
+    outputs = []
+    for kept in (plan.KEPT_TOKENS, 0):
+        monkeypatch.setattr(plan, "KEPT_TOKENS", kept)
+        decode.plan(inputs.storage, inputs.req_pages, inputs.kv_lens)
+        outputs.append([decode.run(inputs.q, layer, 0.1) for layer in range(3)])
+        tiles = decode._plan.tiles  # type: ignore[union-attr]
+        center = inputs.storage.coding.center
+        assert center is not None
+        held = {place for layer in center.place_numbers for place in layer}
+        assert all(t.table_rows is None if not kept else set(t.table_rows or ()) == held for t in tiles)
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))  # type: ignore[arg-type]
+    check_decode(inputs)
+    check_extend(inputs, [150, 0, 60])
 
 
 @pytest.mark.parametrize("transform", ["none", "scale", "hadamard"])

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_pmkvq.formats import K, V
+from sglang_pmkvq.formats import ROTARY_COLUMNS, K, V
 from sglang_pmkvq.kernels.cpu.unpack import plane_factor, planes_apart, unpacked
 from sglang_pmkvq.kernels.plan import Run, Tile
 from sglang_pmkvq.kernels.storage import GroupStorage
@@ -111,9 +111,16 @@ def _add_center(storage: GroupStorage, layer: int, tile: Tile, q: torch.Tensor, 
     """
     center, items = storage.coding.center, tile.columns.shape[0]
     assert center is not None
-    rows = center.rotary.pages(center.places[layer], tile.columns, storage.shape.page_size).flatten(1, 2)
     by_item = scores.view(items, -1, scores.shape[2])
-    by_item.baddbmm_(q.reshape(items, -1, q.shape[2]), rows.transpose(1, 2))
+    for i, place in enumerate(center.place_numbers[layer]):
+        rows = None if tile.table_rows is None else tile.table_rows.get(place)
+        if rows is None:
+            rows = center.rotary.pages(center.places[layer][i : i + 1], tile.columns, storage.shape.page_size)
+            rows = rows.flatten(1, 2).transpose(1, 2).contiguous()
+            if tile.table_rows is not None:
+                tile.table_rows[place] = rows
+        own = q[..., i * ROTARY_COLUMNS : (i + 1) * ROTARY_COLUMNS]
+        by_item.baddbmm_(own.reshape(items, -1, ROTARY_COLUMNS), rows)
 
 
 def _output(storage: GroupStorage, layer: int, tile: Tile, p: torch.Tensor) -> torch.Tensor:
