@@ -1,6 +1,6 @@
 """What each way of coding keys and values costs a real model, without a server: one forward per text and way.
 
-    pmkvq bench codings --model models/qwen2.5-coder-0.5b --text opticks --tokens 768 --pieces 2
+    pmkvq bench offline --codings --model models/qwen2.5-coder-0.5b --text opticks --tokens 768 --pieces 2
 
 Teacher-forced; every query reads the last 128 tokens and the first page exactly and all older ones at their final
 width, as a full pool under hard protection would hand them out (``calib/quality``). Methods: ``fp8`` (e4m3, no scales),
@@ -127,5 +127,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 OURS = [f"{bits}{suffix}" for bits in FINALS for suffix in ("/plain", "/hadamard", "/centre", "")]
 METHODS = ",".join(["fp8", *OURS, "kivi-4", "kivi-2"])
-EXPERIMENT = Experiment("codings", __doc__, plan, rows_table, arguments, METHODS, "results/codings.json", ("threads",))
+OUT = "results/codings.json"
+EXPERIMENT = Experiment("offline --codings", __doc__, plan, rows_table, arguments, METHODS, OUT, ("threads",))
 main = EXPERIMENT.main

@@ -1,6 +1,7 @@
 """Accuracy of published ways to quantize a KV cache, on the bundled model in plain PyTorch, without a server.
 
     pmkvq bench offline --methods 16bit,static-4,static-2,kivi-4,kivi-2,kivi-2@bytes --share 0.22,0.35
+    pmkvq bench offline --codings --model models/qwen2.5-coder-0.5b    real models, one forward: `codings.py`
 
 Methods: ``16bit``; ``static-FINAL``, as our server under ``--pmkvq-policy static --pmkvq-protect hard``;
 ``kivi-BITS``; ``kivi-BITS@bytes``, a row per number of bytes; ``rounded-BITS``, everything at one width as soon as it
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -296,4 +298,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 FREE = ("share", "budget_bytes", "problems", "lines", "threads")
 METHODS = "16bit,static-8,static-4,static-2,kivi-4,kivi-2,kivi-2@bytes"
 EXPERIMENT = Experiment("offline", __doc__, plan, rows_table, arguments, METHODS, "results/offline.json", FREE)
-main = EXPERIMENT.main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The experiment of this file, or with ``--codings`` that of ``codings.py``."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if "--codings" not in given:
+        return EXPERIMENT.main(given)
+    from benchmarks import codings
+
+    given.remove("--codings")
+    return codings.EXPERIMENT.main(given)

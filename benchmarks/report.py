@@ -297,7 +297,7 @@ KINDS: dict[str, Kind] = {
     "accuracy": Kind(_by_pool, pictures=_frontier),
     "offline": Kind(offline.rows_table, _served_against_kivi),
     "kld": Kind(kld.rows_table, pictures=_divergence),
-    "codings": Kind(codings.rows_table),
+    "offline --codings": Kind(codings.rows_table),
     "serve": Kind(serve.rows_table, pictures=_throughput),
     "prefix": Kind(prefix.rows_table, pictures=_hits),
     "programs": Kind(programs.rows_table),

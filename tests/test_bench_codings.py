@@ -1,4 +1,4 @@
-"""``pmkvq bench codings`` on a small random model with a key bias."""
+"""``pmkvq bench offline --codings`` on a small random model with a key bias."""
 
 from __future__ import annotations
 

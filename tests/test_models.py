@@ -305,7 +305,9 @@ def test_ctrl_c_leaves_no_pip_behind(wheels: Path, tmp_path: Path, monkeypatch: 
         f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}} '); time.sleep(600)"
     )
     code = (
-        "import sys; from sglang_pmkvq.tools import models, cli; models.EXTRA = ()\n"
+        "import signal, sys; from sglang_pmkvq.tools import models, cli; models.EXTRA = ()\n"
+        # A shell's background jobs ignore the signal, and what they start inherits that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.exit(cli.main(['models', 'get', 'smollm2-135m', '--out', {str(tmp_path / 'out')!r}]))"
     )
     path = os.pathsep.join([str(tmp_path / "modules"), str(ROOT), os.environ.get("PYTHONPATH", "")])

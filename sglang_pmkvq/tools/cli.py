@@ -14,8 +14,7 @@ from sglang_pmkvq import __version__
 BENCHES = {
     "accuracy": "right answers of a running server (problems, needles, tool calls), methods at equal bytes",
     "kld": "divergence from a 16-bit server on the same tokens, over context length",
-    "codings": "what each way of coding keys and values costs a real model, without a server",
-    "offline": "16 bits, static widths and KIVI on the bundled model, without a server",
+    "offline": "without a server: KIVI on the bundled model; --codings: ways of coding real models",
     "calibration": "what calibration, clipping and rotation give on the bundled model",
     "serve": "throughput and latency with SGLang's own client, methods at equal bytes",
     "prefix": "what the prefix cache keeps over many turns, at equal bytes",
