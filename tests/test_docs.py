@@ -73,8 +73,26 @@ def methods_headline(found: Result) -> str:
     return markdown(["method", "pool MiB", "right answers", "95 %", "bits, mean"], lines)
 
 
+CODINGS = {"fp8": "fp8", "4/plain": "4, plain", "4/hadamard": "4, rotated", "4": "**4**", "k4v2": "**k4v2**",
+           "2/hadamard": "2, rotated", "2": "**2**"}  # fmt: skip
+MODELS = {"qwen1.5b": "Qwen2.5-Coder-1.5B", "qwen0.5b": "Qwen2.5-Coder-0.5B", "smollm2": "SmolLM2-135M"}
+
+
+def codings_headline() -> str:
+    """The README's table of real models: divergence and how often the likeliest token stays."""
+    found = {model: result(f"codings_{model}_gsm8k")["rows"] for model in MODELS}
+    rows = {model: {row["key"]["method"]: row for row in some} for model, some in found.items()}
+
+    def cell(row: Row) -> str:
+        return f"{row['kl_mean']:.4f}, {row['top1_agreement']:.1%}"
+
+    lines = [[told, *(cell(rows[model][name]) for model in MODELS)] for name, told in CODINGS.items()]
+    return markdown(["KV at", *MODELS.values()], lines)
+
+
 def test_tables_of_the_readme_are_from_the_result_files() -> None:
     readme = (ROOT / "README.md").read_text()
+    assert codings_headline() in readme
     assert pressure_headline() in readme
     assert methods_headline(result("methods")) in readme
 
