@@ -135,7 +135,7 @@ class FirstShrink:
     def _measure_centers(self) -> None:
         start = perf_counter()
         written = self._ledger.written_pages()
-        pages = {g: _whole_pages(self._storages[g], written) for g in self._to_come}
+        pages = {g: _not_first(self._storages[g], _whole_pages(self._storages[g], written)) for g in self._to_come}
         size = self._storages[0].shape.page_size
         held = min(map(len, pages.values())) * size
         of_layers = sum(self._storages[g].num_layers for g in self._to_come)
@@ -232,6 +232,13 @@ def _spread_evenly(pages: np.ndarray, most: int) -> np.ndarray:
 def _keys(storage: GroupStorage, layer: int, blocks: torch.Tensor) -> torch.Tensor:
     """16-bit keys of a layer ``[H, n · P, D]``."""
     return storage.pages16(K, layer).index_select(0, blocks).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _not_first(storage: GroupStorage, pages: np.ndarray) -> np.ndarray:
+    """Those of ``pages`` that begin no sequence: the key of a first token lies far from all others."""
+    assert storage.page_columns is not None, "keys with a centre have a place"
+    columns = storage.page_columns.index_select(0, torch.from_numpy(pages).to(storage.device))
+    return pages[columns.cpu().numpy() > 0]
 
 
 def _positions(storage: GroupStorage, pages: np.ndarray) -> torch.Tensor:

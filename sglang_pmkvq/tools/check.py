@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_pmkvq.formats import groups_from_finals
+from sglang_pmkvq.formats import PAGE_SIZES, groups_from_finals
 from sglang_pmkvq.serving.config import DEFAULT_FINAL_BITS, parse_final_bits
 
 if TYPE_CHECKING:
@@ -190,7 +190,8 @@ def key_means(model: CalibrationModel, table: RotaryTable, text: torch.Tensor) -
     spread = torch.zeros(model.layers, model.kv_heads)
 
     def observer(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = table.unturned(k[0].cpu(), torch.arange(k.shape[2]))
+        # Without the first page, as a server: the key of a first token lies far from all others.
+        keys = table.unturned(k[0].cpu(), torch.arange(k.shape[2]))[:, PAGE_SIZES[0] :]
         mean[layer] = keys.mean(1)
         spread[layer] = keys.var(1, correction=0).sum(-1)
         return k, v
