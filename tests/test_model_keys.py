@@ -22,6 +22,7 @@ from sglang_pmkvq.serving import configuration as configuration_module
 from sglang_pmkvq.serving import engine
 from sglang_pmkvq.serving.config import PmkvqConfigError
 from sglang_pmkvq.serving.configuration import read_configuration
+from sglang_pmkvq.serving.configurator import PmkvqPoolConfigurator
 from sglang_pmkvq.serving.model_keys import model_keys
 from sglang_pmkvq.serving.pool import MixedPrecisionTokenPool
 from sglang_pmkvq.serving.pool_setup import PoolSetup
@@ -305,6 +306,26 @@ def test_a_large_bias_that_stays_is_warned_of(
     assert [says in warning for warning in configuration.warnings if says] == ([True] if says else [])
     assert (says is None) == (configuration.warnings == ())
     assert all("\n" not in warning and "; " in warning for warning in configuration.warnings)
+
+
+@pytest.mark.parametrize(
+    ("bias", "budget", "source"), [(0.0, 1 << 20, "none"), (0.0, 8 << 20, "mean"), (300.0, 1 << 20, "bias")]
+)
+def test_means_are_not_worth_much_of_a_small_pool(bias: float, budget: int, source: str) -> None:
+    """Their table may take 3 % of it; a bias is taken off whatever that costs."""
+    keys = biased(300.0)
+    keys = keys if bias else replace(keys, bias=(None,) * 3)
+    limits = {"max_running_requests": 2, "chunked_prefill_size": 64, "dp_size": 1}
+    args = arguments(pmkvq_default_running=False, pmkvq_default_chunk=False, **limits)
+    configurator = PmkvqPoolConfigurator.__new__(PmkvqPoolConfigurator)
+    configurator._args, configurator._timeline = args, None
+    configurator._configuration = read_configuration(args, FACTS, keys)
+    configurator._cell_size = 3 * 2 * H * D * 2
+    configurator._size(budget)
+    setup = configurator.setup
+    assert setup is not None and setup.configuration.center_source(0) == source
+    assert ("more than 3 %" in setup.configuration.uncentered[0]) == (source == "none")
+    assert setup.geometry.total_bytes <= budget and bool(setup.geometry.center_bytes) == (source != "none")
 
 
 def test_a_bias_without_a_table_is_warned_of() -> None:
