@@ -335,8 +335,8 @@ def reference(run: Run, results: Results, control: Sequence[Key]) -> None:
     run.recall()
     wanted = [key for key in control if not results.has(key)]
     if not run.tokens or run.unrecorded() or wanted:
-        # In these bytes nothing ever waits.
-        budget = held_bytes(run.options.model, [max(run.lengths) + PAGE] * run.concurrency)
+        # One sequence more than run, so that nothing ever waits: admission wants a little more than sequences hold.
+        budget = held_bytes(run.options.model, [max(run.lengths) + PAGE] * (run.concurrency + 1))
         with run.server(SIXTEEN, budget) as server:
             if not run.tokens:
                 run.choose(server)
