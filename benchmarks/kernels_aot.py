@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from sglang_pmkvq.formats import LayerGroup, PageShape
 from sglang_pmkvq.kernels.attention import PageSource
-from sglang_pmkvq.kernels.coding import Coding, key_transform
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.device_attention import DevicePlan, run_launches
 from sglang_pmkvq.kernels.device_pages import copy_launch, store_launch, table_launch
 from sglang_pmkvq.kernels.device_plan import plan_launches
@@ -33,6 +33,7 @@ from sglang_pmkvq.kernels.launch import Launch, interpreted
 from sglang_pmkvq.kernels.reference.inputs import copies
 from sglang_pmkvq.kernels.rotary import Center, RotaryTable, on_one_table
 from sglang_pmkvq.kernels.storage import GroupStorage
+from sglang_pmkvq.kernels.transforms import key_transform
 
 RESULTS = Path(__file__).parent / "results" / "kernels_aot.json"
 ARCHITECTURES = (80, 90, 100)

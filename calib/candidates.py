@@ -13,8 +13,9 @@ from sglang_pmkvq.calib.centers import KeyCenter
 from sglang_pmkvq.calib.sensitivity import WIDTHS
 from sglang_pmkvq.calib.sweep import State
 from sglang_pmkvq.formats import KEY_CENTERS, KEY_TRANSFORMS
-from sglang_pmkvq.kernels.coding import Coding, Scaled, key_transform, layer_transforms
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.rotary import Center, RotaryTable
+from sglang_pmkvq.kernels.transforms import Scaled, key_transform, layer_transforms
 
 AUTO = "auto"
 # The simpler first: on a tie the first is taken.

@@ -16,7 +16,7 @@ import torch
 
 from sglang_pmkvq.calib.model import SINK
 from sglang_pmkvq.calib.sweep import State
-from sglang_pmkvq.kernels.rotary import Center, RotaryTable, chosen_blocks
+from sglang_pmkvq.kernels.rotary import CENTER_TOLERANCE, Center, RotaryTable, chosen_blocks
 
 
 def mean_state(layers: int, heads: int, head_dim: int) -> State:
@@ -64,7 +64,9 @@ class KeyCenter:
     @classmethod
     def of(cls, vector: torch.Tensor, state: State, rotary: RotaryTable) -> KeyCenter:
         spread = spread_around(state, vector)
-        return cls(spread, Center.of(vector, chosen_blocks(vector, spread, rotary), rotary))
+        # What final widths will be is not known yet.
+        blocks = chosen_blocks(vector, spread, rotary, min(CENTER_TOLERANCE.values()))
+        return cls(spread, Center.of(vector, blocks, rotary))
 
 
 def key_centers(

@@ -31,9 +31,10 @@ from sglang_pmkvq.calib.positions import NATURAL, turn
 from sglang_pmkvq.calib.sensitivity import WIDTHS
 from sglang_pmkvq.calib.sweep import State
 from sglang_pmkvq.formats import DATA_FREE_TRANSFORMS, V
-from sglang_pmkvq.kernels.coding import Coding, Scaled, key_transform
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.reference.codes import center_term, fake_quantize
 from sglang_pmkvq.kernels.rotary import Center, RotaryTable
+from sglang_pmkvq.kernels.transforms import Scaled, key_transform
 
 ALPHAS: tuple[float, ...] = tuple(i / 19 for i in range(20))
 CLIPS: tuple[float, ...] = tuple(1 - i / 20 for i in range(13))  # 1 .. 0.4; four levels of a normal: about 0.6

@@ -23,9 +23,10 @@ from sglang_pmkvq.formats import (
     geometry_for_pages,
 )
 from sglang_pmkvq.kernels.choose import kernels_for
-from sglang_pmkvq.kernels.coding import Coding, Hadamard
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.reference.attention import attention, read_sequence
 from sglang_pmkvq.kernels.storage import allocate_pool
+from sglang_pmkvq.kernels.transforms import Hadamard
 
 HEADS, QUERY_HEADS, HEAD_DIM, PAGE = 2, 8, 128, 16
 PAGES_EACH = 6

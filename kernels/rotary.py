@@ -26,10 +26,12 @@ from sglang_pmkvq.formats import PAGE_SIZES, ROTARY_COLUMNS, ROTARY_PAIRS
 # operations, fused or not, rounds R_m c once and to the same bits.
 CENTER_BITS = 12
 # Energy of the centre that may be left in keys, as a share of the energy of what varies: it widens ranges by half of
-# that share.
-CENTER_TOLERANCE = 0.25
+# that share. Wider codes bear more, and every block of pairs costs time.
+CENTER_TOLERANCE = {2: 0.25, 4: 0.5, 8: 0.5}
 # Blocks of pairs that each layer reads where centres are measured while serving: how many must be said at start.
 MEASURED_BLOCKS = 4
+# Such centres are means over at least so many tokens, else there are none.
+MIN_CENTER_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def chosen_blocks(
     vector: torch.Tensor,
     spread: torch.Tensor,
     rotary: RotaryTable,
-    tolerance: float = CENTER_TOLERANCE,
+    tolerance: float,
     most: int | None = None,
 ) -> tuple[tuple[int, ...], ...]:
     """Blocks of pairs that each layer's centre needs: as few as leave at most ``tolerance`` of ``spread`` in the keys.
@@ -170,6 +172,7 @@ def chosen_blocks(
     Args:
         vector: ``[L, H, D]``, pre-rotary centres.
         spread: ``[L, H]``, energy of what varies from key to key: the sum over channels of the variance.
+        tolerance: a value of ``CENTER_TOLERANCE``; 0 keeps every block that is not 0.
         most: bound on the blocks of a layer, None for no bound.
 
     Returns:
@@ -201,7 +204,8 @@ class Center:
         whole: the centres are measured while serving, so the device's table keeps all blocks to choose from.
         channels: per layer, int64 ``[2, 8·n]``, first and second channels of the pairs of its n blocks.
         pairs: per layer, fp32 ``[2, H, 1, 8·n]``, c there; None where there is no centre.
-        places: per layer, int64 ``[n]``, where its blocks are in the table; ``place_numbers`` the same on the host.
+        places: per layer, int64 ``[n]``, where its blocks are in the table.
+        live: per layer, (number among its blocks, place) of those blocks in which its centre is not 0, on the host.
         factors: fp32 ``[2, L, H, D]``, what a channel's cosine and sine are multiplied by to make R_m c.
     """
 
@@ -212,7 +216,7 @@ class Center:
     channels: tuple[torch.Tensor, ...] = field(init=False, repr=False, compare=False)
     pairs: tuple[torch.Tensor | None, ...] = field(init=False, repr=False, compare=False)
     places: tuple[torch.Tensor, ...] = field(init=False, repr=False, compare=False)
-    place_numbers: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    live: tuple[tuple[tuple[int, int], ...], ...] = field(init=False, repr=False, compare=False)
     factors: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -223,7 +227,6 @@ class Center:
         channels: list[torch.Tensor] = []
         pairs: list[torch.Tensor | None] = []
         places: list[torch.Tensor] = []
-        numbers = tuple(tuple(self.rotary.blocks.index(block) for block in blocks) for blocks in self.blocks)
         for vector, blocks in zip(self.vector, self.blocks, strict=True):
             places.append(torch.tensor([self.rotary.blocks.index(b) for b in blocks], dtype=torch.int64, device=device))
             own = torch.tensor(blocks, dtype=torch.int64)[:, None] * ROTARY_PAIRS + torch.arange(ROTARY_PAIRS)
@@ -234,8 +237,16 @@ class Center:
         factors[1][..., self.rotary.first] = -self.vector[..., self.rotary.second]
         factors[1][..., self.rotary.second] = self.vector[..., self.rotary.first]
         derived = {"channels": tuple(channels), "pairs": tuple(pairs), "places": tuple(places), "factors": factors}
-        for name, value in {**derived, "place_numbers": numbers}.items():
+        for name, value in derived.items():
             object.__setattr__(self, name, value)
+        self._find_live()
+
+    def _find_live(self) -> None:
+        live = []
+        for vector, blocks in zip(self.vector.cpu(), self.blocks, strict=True):
+            there = [bool(vector[:, torch.cat(self.rotary.channels(block))].any()) for block in blocks]
+            live.append(tuple((i, self.rotary.blocks.index(b)) for i, b in enumerate(blocks) if there[i]))
+        object.__setattr__(self, "live", tuple(live))
 
     @classmethod
     def to_come(cls, layers: int, heads: int, rotary: RotaryTable, most: int) -> Center:
@@ -262,7 +273,6 @@ class Center:
             self.rotary,
         )
         object.__setattr__(self, "blocks", filled.blocks)
-        object.__setattr__(self, "place_numbers", filled.place_numbers)
         self.vector.copy_(filled.vector)
         self.factors.copy_(filled.factors)
         mine_and_new = ((self.channels, filled.channels), (self.pairs, filled.pairs), (self.places, filled.places))
@@ -270,6 +280,7 @@ class Center:
             for a, b in zip(mine, new, strict=True):
                 if a is not None and b is not None:
                     a.copy_(b)
+        self._find_live()
 
     @classmethod
     def of(cls, vector: torch.Tensor, blocks: Sequence[Sequence[int]], rotary: RotaryTable) -> Center:
@@ -410,19 +421,22 @@ class ModelKeys:
             if bias is not None:
                 spread = self.spread[layer]
                 energy = bias.double().square().sum(-1)
-                if bool((energy > CENTER_TOLERANCE * (0.0 if spread is None else spread)).any()):
+                if bool((energy > CENTER_TOLERANCE[2] * (0.0 if spread is None else spread)).any()):
                     return True
         return False
 
 
-def default_center(keys: ModelKeys, layers: Sequence[int], heads: int, choice: str) -> Center | str:
+def default_center(keys: ModelKeys, layers: Sequence[int], heads: int, choice: str, k_final: int) -> Center | str:
     """The centre of a layer group without a calibration, or why it has none.
 
     Args:
         heads: KV heads of this rank.
         choice: ``bias``, what the weights say; ``auto``, that where they say it, else means that the pool measures
             before its first shrink; ``none``.
+        k_final: final width of the keys; those that stay at 16 bits have no centre.
     """
+    if k_final == 16:
+        return "keys stay at 16 bits"
     if choice == "none":
         return "switched off"
     if keys.rotary is None:
@@ -434,5 +448,6 @@ def default_center(keys: ModelKeys, layers: Sequence[int], heads: int, choice: s
     zero, none = torch.zeros(heads, 2 * keys.rotary.first.numel()), torch.zeros(heads)
     bias, spread = ([of[layer] for layer in layers] for of in (keys.bias, keys.spread))
     vector = torch.stack([zero if b is None else b for b in bias])
-    blocks = chosen_blocks(vector, torch.stack([none if s is None else s for s in spread]), keys.rotary)
+    varies = torch.stack([none if s is None else s for s in spread])
+    blocks = chosen_blocks(vector, varies, keys.rotary, CENTER_TOLERANCE[k_final])
     return Center.of(vector, blocks, keys.rotary) if any(blocks) else "the bias is small against what varies"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from sglang_pmkvq.formats import KEY_TRANSFORMS, SIDES, STEP_BITS, STEP_MASK, K, tier_units
-from sglang_pmkvq.kernels.coding import Hadamard, Scaled
 from sglang_pmkvq.kernels.reference import attention as ref_attention
 from sglang_pmkvq.kernels.reference import codes as ref_codes
 from sglang_pmkvq.kernels.reference.inputs import Inputs
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.torch_kernels import TorchKernels
+from sglang_pmkvq.kernels.transforms import Hadamard, Scaled
 
 # fp32 against fp32 on the same dequantized values: only the order of operations differs, see ``rounding``.
 # Plus one rounding of the output to its dtype (half a unit in the last place, doubled).

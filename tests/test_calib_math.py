@@ -19,10 +19,11 @@ from sglang_pmkvq.calib.corpus import Sample
 from sglang_pmkvq.calib.model import CalibrationModel, observing
 from sglang_pmkvq.calib.positions import MODES, parse_effective_lens, stretched_positions, turn
 from sglang_pmkvq.formats import K, V
-from sglang_pmkvq.kernels.coding import Coding, Hadamard, Scaled, Transform
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.reference.attention import attention
 from sglang_pmkvq.kernels.reference.codes import center_term, fake_quantize
 from sglang_pmkvq.kernels.rotary import Center
+from sglang_pmkvq.kernels.transforms import Hadamard, Scaled, Transform
 from tests.support.models import make_model
 
 LENGTH, GROUP = 48, 64

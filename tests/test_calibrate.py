@@ -32,9 +32,10 @@ from sglang_pmkvq.formats import (
     geometry_for_pages,
     groups_from_finals,
 )
-from sglang_pmkvq.kernels.coding import NORMAL_CLIPS, Coding, Hadamard, Scaled, Transform
+from sglang_pmkvq.kernels.coding import NORMAL_CLIPS, Coding
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
 from sglang_pmkvq.kernels.rotary import rounded
+from sglang_pmkvq.kernels.transforms import Hadamard, Scaled, Transform
 from sglang_pmkvq.ledger import PolicyConfig
 from sglang_pmkvq.serving.calibration import load_for
 from sglang_pmkvq.serving.config import PmkvqConfigError

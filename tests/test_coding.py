@@ -21,20 +21,11 @@ from sglang_pmkvq.formats import (
     PageShape,
     V,
 )
-from sglang_pmkvq.kernels.coding import (
-    NORMAL_CLIPS,
-    Coding,
-    Hadamard,
-    PerLayer,
-    Scaled,
-    Transform,
-    clip_edges,
-    key_transform,
-    query_rotation,
-)
+from sglang_pmkvq.kernels.coding import NORMAL_CLIPS, Coding, clip_edges
 from sglang_pmkvq.kernels.reference import codes as reference
 from sglang_pmkvq.kernels.reference.inputs import random_center
 from sglang_pmkvq.kernels.rotary import RotaryTable, on_one_table, rounded
+from sglang_pmkvq.kernels.transforms import Hadamard, PerLayer, Scaled, Transform, key_transform, query_rotation
 from tests.test_artifact import example, layered
 
 L, H, P = 3, 2, 16

@@ -50,7 +50,7 @@ class Driven:
 
     def __init__(
         self, finals: Sequence[tuple[int, int]] = FINALS, center: str = "auto", transform: str = "auto",
-        policy: str = "static", size: float = 5.0, seed: int = 0,
+        policy: str = "static", size: float = 5.0, seed: int = 0, waits: bool = False,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
         self.layers = len(finals)
@@ -68,7 +68,7 @@ class Driven:
         self.pool = MixedPrecisionTokenPool(
             self.setup, pages * P, P, torch.bfloat16, H, D, self.layers, "cpu", False
         )
-        self.ledger = Ledger(geometry, configuration.policy, RUNNING)
+        self.ledger = Ledger(geometry, self.setup.policy if waits else configuration.policy, RUNNING)
         self.pool.watch(self.ledger)
         self.pages = np.empty(0, np.int64)
         self.tokens = 0
@@ -183,6 +183,23 @@ def test_the_same_events_and_keys_give_the_same_centres() -> None:
         driven.forward(1)
         made.append(torch.stack([driven.center(layer) for layer in (0, 1, 3)]))
     assert torch.equal(*made)
+
+
+def test_static_codes_wait_until_a_mean_is_one() -> None:
+    """Short prompts do not spend the only chance; a server's own policy, not the one these tests are driven by."""
+    driven = Driven(waits=True)
+    found = driven.pool.first_shrink
+    assert found is not None
+    driven.forward(first_shrink.MIN_CENTER_TOKENS - 1)
+    for _ in range(3):
+        driven.forward(1)
+    assert found.measured is None and not driven.ledger.page_steps(driven.pages).any()
+    while driven.tokens < 2 * first_shrink.MIN_CENTER_TOKENS + P:
+        assert found.measured is None
+        driven.forward(P)
+    assert found.measured is not None and found.measured.layers == 3 and driven.center(0).any()
+    assert driven.ledger.page_steps(driven.pages[:-2])[0].all()
+    assert Driven(waits=True, center="none").setup.policy.first_shrink_tokens == 0
 
 
 def test_too_few_tokens_are_no_mean(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,8 +7,9 @@ import torch
 
 from benchmarks.forced import SINK, Chain, Widths, compare, logits
 from benchmarks.reasoner.model import Config, Llama
-from sglang_pmkvq.kernels.coding import Coding, key_transform
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.reference.codes import fake_quantize
+from sglang_pmkvq.kernels.transforms import key_transform
 
 CONFIG = Config(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=128)
 LENGTH, WINDOW = 40, 8

@@ -38,8 +38,15 @@ NO_TORCH_FILES = {
     "sglang_pmkvq.tools.report",
     "sglang_pmkvq.tools.cli",
 }
-CALIB_MAY = ("sglang_pmkvq.kernels.reference.", "sglang_pmkvq.kernels.coding", "sglang_pmkvq.kernels.rotary")
+CALIB_MAY = (
+    "sglang_pmkvq.kernels.reference.",
+    "sglang_pmkvq.kernels.coding",
+    "sglang_pmkvq.kernels.rotary",
+    "sglang_pmkvq.kernels.transforms",
+)
 DOOR = "sglang_pmkvq.serving.engine"
+# They need the extra ``models``.
+FOR_MODELS = ("sglang_pmkvq.tools.models", "sglang_pmkvq.tools.from_gguf")
 
 
 def room_of(module: str) -> str:
@@ -208,6 +215,6 @@ def test_third_party_imports_are_declared() -> None:
             if top in sys.stdlib_module_names or top == "sglang_pmkvq":
                 continue
             providers = {d.lower().replace("_", "-") for d in distributions.get(top, [])}
-            if not providers & (for_models if module == "sglang_pmkvq.tools.models" else always):
+            if not providers & (for_models if module in FOR_MODELS else always):
                 missing.add(f"{module}:{line}: {top}")
     assert missing == set()

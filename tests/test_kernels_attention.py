@@ -12,12 +12,12 @@ from sglang_pmkvq.kernels import host_attention
 from sglang_pmkvq.kernels import plan as plan_module
 from sglang_pmkvq.kernels.attention import PageSource
 from sglang_pmkvq.kernels.choose import kernels_for
-from sglang_pmkvq.kernels.coding import Transform
 from sglang_pmkvq.kernels.cpu import partials, unpack
 from sglang_pmkvq.kernels.host_attention import HostDecode
 from sglang_pmkvq.kernels.reference.attention import attention, read_sequence
 from sglang_pmkvq.kernels.reference.inputs import copies, make_inputs
 from sglang_pmkvq.kernels.torch_kernels import TorchKernels
+from sglang_pmkvq.kernels.transforms import Transform
 from tests.kernel_checks import TRANSFORMS, check_decode, check_extend
 
 FINALS = [(8, 8), (4, 4), (2, 2), (4, 2), (2, 8), (16, 4), (8, 16)]

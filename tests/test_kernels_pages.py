@@ -17,12 +17,13 @@ from sglang_pmkvq.formats import (
     geometry_for_pages,
     tier_units,
 )
-from sglang_pmkvq.kernels.coding import Coding, Hadamard, Scaled
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.cpu import codes as codec
 from sglang_pmkvq.kernels.cpu import copies as copies_module
 from sglang_pmkvq.kernels.reference.inputs import copies, make_inputs
 from sglang_pmkvq.kernels.storage import GroupStorage, allocate_pool
 from sglang_pmkvq.kernels.torch_kernels import TorchKernels
+from sglang_pmkvq.kernels.transforms import Hadamard, Scaled
 from tests.kernel_checks import TRANSFORMS, check_page_layout
 
 GROUPS = [LayerGroup((3, 5), *f) for f in ((8, 8), (4, 4), (2, 2), (4, 2), (2, 8), (16, 4), (16, 16))]

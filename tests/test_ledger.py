@@ -338,6 +338,35 @@ def test_static_goes_to_its_final_step_when_it_leaves_the_window() -> None:
     assert steps(book, np.array([1, 2, 3, 4, 5, 6])) == [3] * 6
 
 
+def test_static_waits_once_until_enough_tokens_may_shrink() -> None:
+    book = ledger("4", pages=64, policy="static", window_tokens=0, sink_tokens=0, first_shrink_tokens=8 * P - 1)
+    prefill(book, 0, 5 * P)
+    prefill(book, 1, 3 * P, book.pages_of(0)[:2])
+    book.drain()
+    decode_to(book, 0, 7 * P)
+    assert not any(steps(book, book.pages_of(0))), "shared pages count once, and one is being written"
+    decode_to(book, 0, 7 * P + 1)
+    assert steps(book, book.pages_of(0)) == [2] * 7 + [0] and steps(book, book.pages_of(1))[2] == 2
+    book.clear()
+    prefill(book, 0, P)
+    decode_to(book, 0, P + 1)
+    assert steps(book, book.pages_of(0)) == [2, 0], "it had waited long enough"
+    book.check_integrity()
+
+
+def test_static_does_not_wait_once_bytes_are_short() -> None:
+    """Nothing is retracted for it; after a flush it waits again."""
+    book = ledger("2", pages=64, policy="static", window_tokens=0, sink_tokens=0, first_shrink_tokens=1 << 20)
+    for _ in range(2):
+        prefill(book, 0, 4 * P)
+        decode_to(book, 0, 5 * P)
+        assert not any(steps(book, book.pages_of(0)))
+        decode_to(book, 0, 64 * P)
+        assert steps(book, book.pages_of(0)) == [3] * 63 + [0]
+        book.check_integrity()
+        book.clear()
+
+
 def test_hard_protection_keeps_sinks_and_window_at_16_bits() -> None:
     book = ledger("2", pages=64, hard=4, protect="hard", window_tokens=2 * P, sink_tokens=1)
     prefill(book, 0, 3 * P)

@@ -45,6 +45,7 @@ class LedgerMachine(RuleBasedStateMachine):
         floor=st.sampled_from([16, 8, 4, 2]),
         pages=st.integers(16, 48),
         with_evict=st.booleans(),
+        first=st.sampled_from([0, 6 * P, 1 << 20]),
     )
     def start(
         self,
@@ -56,6 +57,7 @@ class LedgerMachine(RuleBasedStateMachine):
         floor: int,
         pages: int,
         with_evict: bool,
+        first: int,
     ) -> None:
         config = PolicyConfig(
             policy=policy,  # type: ignore[arg-type]
@@ -63,6 +65,7 @@ class LedgerMachine(RuleBasedStateMachine):
             sink_tokens=sinks,
             protect="hard" if hard else "soft",
             min_active_bits=floor,
+            first_shrink_tokens=first,
         )
         self.world = World(groups, config, num_pages=pages, max_requests=3, with_evict=with_evict)
 

@@ -15,9 +15,10 @@ from sglang.srt.server_args import ServerArgs
 from torch import nn
 
 from sglang_pmkvq.formats import PageShape, groups_from_finals
-from sglang_pmkvq.kernels.coding import Coding, Hadamard
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.reference.codes import center_term
 from sglang_pmkvq.kernels.rotary import Center, ModelKeys, center_bytes, chosen_blocks, default_center
+from sglang_pmkvq.kernels.transforms import Hadamard
 from sglang_pmkvq.serving import configuration as configuration_module
 from sglang_pmkvq.serving import engine
 from sglang_pmkvq.serving.config import PmkvqConfigError
@@ -163,7 +164,7 @@ def test_no_table_and_why(rotaries: tuple[Any, ...], says: str) -> None:
     keys = keys_of(*(None if r is None else r() for r in rotaries))
     assert keys.rotary is None and says in keys.problem
     for choice in ("auto", "bias"):
-        assert default_center(keys, (0,), H, choice) == keys.problem
+        assert default_center(keys, (0,), H, choice, 2) == keys.problem
 
 
 def test_other_modules_with_the_same_table_are_one() -> None:
@@ -218,7 +219,7 @@ def test_weights_that_cannot_be_read_say_nothing_of_the_spread() -> None:
     layer.self_attn.qkv_proj.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     keys = model_keys(engine.key_facts(runner(layer)), D)
     assert keys.spread == (None,) and keys.bias[0] is not None
-    center = default_center(keys, (0,), H, "auto")
+    center = default_center(keys, (0,), H, "auto", 2)
     assert isinstance(center, Center) and center.blocks == ((0, 1, 2, 3),)
     layer = Layer(0, rope())
     layer.self_attn.qkv_proj.use_intel_amx_backend = True  # type: ignore[assignment]
@@ -239,20 +240,32 @@ def biased(size: float) -> ModelKeys:
 
 def test_what_is_taken_off() -> None:
     keys = biased(300.0)
-    center = default_center(keys, (0, 1, 2), H, "auto")
+    center = default_center(keys, (0, 1, 2), H, "auto", 2)
     assert isinstance(center, Center) and center.blocks == ((), (2,), ()) and not center.whole
     assert center.vector[1, 0, 20] == 300 and not center.vector[0].any()
-    assert isinstance(default_center(keys, (1,), H, "bias"), Center)
-    assert default_center(keys, (1,), H, "none") == "switched off"
-    assert default_center(keys, (0, 2), H, "auto") == "the bias is small against what varies"
+    assert isinstance(default_center(keys, (1,), H, "bias", 2), Center)
+    assert default_center(keys, (1,), H, "none", 2) == "switched off"
+    assert default_center(keys, (0, 2), H, "auto", 2) == "the bias is small against what varies"
     assert keys.large_bias((0, 1)) and not keys.large_bias((0, 2))
+
+
+def test_wider_codes_bear_more_of_a_bias() -> None:
+    """What a bias adds to 4-bit keys is little beside what a block costs in time."""
+    keys = biased(1.0)
+    spread = keys.spread[1]
+    assert spread is not None
+    keys = biased(float((0.4 * spread.min()).sqrt()))
+    narrow, wide = (default_center(keys, (1,), H, "bias", bits) for bits in (2, 4))
+    assert isinstance(narrow, Center) and narrow.blocks == ((2,),)
+    assert wide == "the bias is small against what varies"
+    assert default_center(keys, (1,), H, "bias", 16) == "keys stay at 16 bits"
 
 
 def test_without_a_bias_means_are_to_come() -> None:
     keys = keys_of(rope(), rope(), bias=False)
-    center = default_center(keys, (0, 1), H, "auto")
+    center = default_center(keys, (0, 1), H, "auto", 2)
     assert isinstance(center, Center) and center.whole and not center.vector.any()
-    assert default_center(keys, (0, 1), H, "bias") == "no bias in the weights"
+    assert default_center(keys, (0, 1), H, "bias", 2) == "no bias in the weights"
     assert not keys.large_bias((0, 1))
 
 
@@ -268,7 +281,7 @@ def test_bytes_of_centres_follow_the_tokens() -> None:
     assert center_bytes([centers[0].upto(100)]) == center_bytes(centers, 100)
     means = Center.to_come(3, H, keys.rotary, 2)  # type: ignore[arg-type]
     assert center_bytes([means], 100) - means.nbytes == 4 * 128 * 16 * 2
-    assert chosen_blocks(torch.zeros(1, H, D), torch.ones(1, H), keys.rotary) == ((),)  # type: ignore[arg-type]
+    assert chosen_blocks(torch.zeros(1, H, D), torch.ones(1, H), keys.rotary, 0.25) == ((),)  # type: ignore[arg-type]
 
 
 def arguments(**changes: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from sglang_pmkvq.tools import demo, models
+from sglang_pmkvq.tools import demo, from_gguf, models
 from sglang_pmkvq.tools.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -331,7 +331,7 @@ def metadata(kind: str, template: str = "") -> dict[str, Any]:
     """As a GGUF file has it: the alphabet, two merges, then control, user-defined and unused tokens."""
     alphabet = [*"abcdefghijklmnopqrstuvwxyz0123456789'", "Ġ", "Ċ", "Ã", "©", "ab", "12"]
     tokens = [*alphabet, "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "[PAD47]"]
-    control, user, unused = models.CONTROL, models.USER_DEFINED, models.UNUSED
+    control, user, unused = from_gguf.CONTROL, from_gguf.USER_DEFINED, from_gguf.UNUSED
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": kind,
@@ -350,7 +350,7 @@ def metadata(kind: str, template: str = "") -> dict[str, Any]:
 def test_tokenizer_of_a_gguf_file(kind: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    models._tokenizer(metadata(kind)).save_pretrained(tmp_path)
+    from_gguf.tokenizer_of(metadata(kind)).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (None, "<|im_end|>", "<|endoftext|>")
     text = "<|im_start|>ab 12\ncafé's<tool_call><|im_end|>"
@@ -366,14 +366,14 @@ def test_an_example_of_a_tool_call_is_json() -> None:
     example = r"""{\"name\": <function-name>, \"arguments\": <args-json-object>}"""
     for written in (example, "{" + example + "}"):
         template = '{{- "\\n<tool_call>\\n' + written + '\\n</tool_call>" }}{{ messages[0].content }}'
-        tokenizer = models._tokenizer(metadata("qwen2", template))
+        tokenizer = from_gguf.tokenizer_of(metadata("qwen2", template))
         shown = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
         assert shown == ('\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>hi')
 
 
 def test_another_kind_of_tokenizer_is_refused() -> None:
     with pytest.raises(ValueError, match="a tokenizer of kind gpt2, llama-bpe cannot be converted"):
-        models._tokenizer(metadata("llama-bpe"))
+        from_gguf.tokenizer_of(metadata("llama-bpe"))
 
 
 # --- the demo ---

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from sglang_pmkvq.formats import HEAD_DIMS, SIDES, LayerGroup, PageShape
-from sglang_pmkvq.kernels import coding
-from sglang_pmkvq.kernels.coding import Coding, Hadamard, Scaled, Transform
+from sglang_pmkvq.kernels import transforms
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.reference import codes as ref
 from sglang_pmkvq.kernels.reference.attention import attention, read_page
 from sglang_pmkvq.kernels.reference.inputs import make_inputs
+from sglang_pmkvq.kernels.transforms import Hadamard, Scaled, Transform
 from tests.kernel_checks import TRANSFORMS
 
 
@@ -75,16 +76,16 @@ def test_the_rotation_is_sylvesters_matrix(dim):
     assert torch.equal(w @ w, dim * torch.eye(dim))
     gen = torch.Generator().manual_seed(dim)
     x, q = torch.randn(5, 3, dim, generator=gen), torch.randn(7, dim, generator=gen)
-    assert torch.equal(coding.rotate_keys(x), ref.rotated_keys(x)), "codes must not depend on who rotates"
-    norms = coding.rotate_keys(x).norm(dim=-1) / x.norm(dim=-1)
-    a, b = coding.exponents(dim)
+    assert torch.equal(transforms.rotate_keys(x), ref.rotated_keys(x)), "codes must not depend on who rotates"
+    norms = transforms.rotate_keys(x).norm(dim=-1) / x.norm(dim=-1)
+    a, b = transforms.exponents(dim)
     torch.testing.assert_close(norms, torch.full_like(norms, dim**0.5 / 2**a))
     assert 2 ** (a + b) == dim and 0 <= a - b <= 1
     torch.testing.assert_close(ref.unrotated_keys(ref.rotated_keys(x)), x, rtol=1e-5, atol=1e-6)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        turned = q @ coding.query_rotation(dim, dtype, x.device).float()
+        turned = q @ transforms.query_rotation(dim, dtype, x.device).float()
         torch.testing.assert_close(turned, ref.unrotated_keys(q), rtol=1e-5, atol=1e-5)
-    scores = ref.unrotated_keys(q) @ coding.rotate_keys(x).flatten(0, 1).T
+    scores = ref.unrotated_keys(q) @ transforms.rotate_keys(x).flatten(0, 1).T
     torch.testing.assert_close(scores, q @ x.flatten(0, 1).T, rtol=1e-4, atol=1e-4)
 
 

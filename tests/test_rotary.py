@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_pmkvq.formats import HEAD_DIMS, LayerGroup, PageShape, geometry_for_pages
 from sglang_pmkvq.kernels import plan
-from sglang_pmkvq.kernels.coding import Coding, Hadamard
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.reference import codes as reference
 from sglang_pmkvq.kernels.reference.attention import read_sequence
 from sglang_pmkvq.kernels.reference.inputs import Inputs, make_inputs
@@ -27,6 +27,7 @@ from sglang_pmkvq.kernels.rotary import (
 )
 from sglang_pmkvq.kernels.storage import allocate_pool, shared_bytes
 from sglang_pmkvq.kernels.torch_kernels import TorchKernels
+from sglang_pmkvq.kernels.transforms import Hadamard
 from tests.kernel_checks import check_decode, check_extend
 
 STYLES = ("neox", "interleaved", "partial")
@@ -168,9 +169,9 @@ def test_blocks_are_as_few_as_leave_the_tolerance() -> None:
     spread = torch.full((3, H), 64.0)
     assert chosen_blocks(vector, spread, table, tolerance=0.05) == ((0,), (1, 2), ())
     assert chosen_blocks(vector, spread, table, tolerance=0.1) == ((0,), (2,), ())
-    assert chosen_blocks(vector, spread, table, most=1) == ((0,), (2,), ())
+    assert chosen_blocks(vector, spread, table, 0.25, most=1) == ((0,), (2,), ())
     assert chosen_blocks(vector, spread, table, tolerance=0.0) == ((0,), (1, 2), (0, 1, 2, 3))
-    assert chosen_blocks(torch.zeros(1, H, 64), torch.zeros(1, H), table) == ((),)
+    assert chosen_blocks(torch.zeros(1, H, 64), torch.zeros(1, H), table, 0.25) == ((),)
 
 
 @settings(max_examples=40, deadline=None)
@@ -230,7 +231,8 @@ def test_rows_of_the_table_are_kept_for_the_next_layer_or_read_again(monkeypatch
         tiles = decode._plan.tiles  # type: ignore[union-attr]
         center = inputs.storage.coding.center
         assert center is not None
-        held = {place for layer in center.place_numbers for place in layer}
+        held = {place for layer in center.live for _, place in layer}
+        assert held
         assert all(t.table_rows is None if not kept else set(t.table_rows or ()) == held for t in tiles)
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))  # type: ignore[arg-type]
     check_decode(inputs)

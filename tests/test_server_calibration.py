@@ -17,7 +17,8 @@ from benchmarks.harness.tasks import problem_set, prompt_ids, random_prompts
 from benchmarks.reasoner.task import check
 from sglang_pmkvq import artifact
 from sglang_pmkvq.calib.run import Settings, calibrate
-from sglang_pmkvq.kernels.coding import Coding, Hadamard
+from sglang_pmkvq.kernels.coding import Coding
+from sglang_pmkvq.kernels.transforms import Hadamard
 from tests.support.models import make_model
 from tests.support.oracle import CASES, Case, load, replay, serve_case
 from tests.support.stock import answers

@@ -9,12 +9,13 @@ import torch
 
 from sglang_pmkvq.formats import SIDES, K, LayerGroup, PageShape
 from sglang_pmkvq.kernels import device_attention
-from sglang_pmkvq.kernels.coding import Coding, Scaled
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.device_attention import DeviceDecode, DeviceExtend
 from sglang_pmkvq.kernels.reference import attention as reference
 from sglang_pmkvq.kernels.reference.inputs import Inputs, make_inputs
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.torch_kernels import TorchKernels
+from sglang_pmkvq.kernels.transforms import Scaled
 from sglang_pmkvq.kernels.triton_kernels import TritonKernels
 from tests.kernel_checks import reference_of
 

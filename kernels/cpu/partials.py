@@ -112,7 +112,7 @@ def _add_center(storage: GroupStorage, layer: int, tile: Tile, q: torch.Tensor, 
     center, items = storage.coding.center, tile.columns.shape[0]
     assert center is not None
     by_item = scores.view(items, -1, scores.shape[2])
-    for i, place in enumerate(center.place_numbers[layer]):
+    for i, place in center.live[layer]:
         rows = None if tile.table_rows is None else tile.table_rows.get(place)
         if rows is None:
             rows = center.rotary.pages(center.places[layer][i : i + 1], tile.columns, storage.shape.page_size)

@@ -12,7 +12,8 @@ from fractions import Fraction
 import torch
 
 from sglang_pmkvq.formats import TIERS, K
-from sglang_pmkvq.kernels.coding import Coding, Hadamard, Scaled, Transform
+from sglang_pmkvq.kernels.coding import Coding
+from sglang_pmkvq.kernels.transforms import Hadamard, Scaled, Transform
 
 FP16_MAX = 65504.0
 

@@ -10,11 +10,12 @@ import torch
 
 from sglang_pmkvq.commands import ArenaCopies, TableUpdate
 from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, LayerGroup, PageShape, tier_units
-from sglang_pmkvq.kernels.coding import Coding, Scaled, Transform, key_transform
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.reference.codes import center_term
 from sglang_pmkvq.kernels.rotary import Center, RotaryTable, on_one_table
 from sglang_pmkvq.kernels.storage import GroupStorage
 from sglang_pmkvq.kernels.torch_kernels import TorchKernels
+from sglang_pmkvq.kernels.transforms import Scaled, Transform, key_transform
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ def log2(n):
 
 @triton.constexpr_function
 def rotation_factor(dim, inverse):
-    """2^−a of ``coding.exponents``, or 2^−b for the inverse: what x·W is multiplied by."""
+    """2^−a of ``transforms.exponents``, or 2^−b for the inverse: what x·W is multiplied by."""
     total = dim.bit_length() - 1
     return 2.0 ** -(total // 2 if inverse else total - total // 2)
 
@@ -29,7 +29,7 @@ def first_coded(tiers):
 
 @triton.jit
 def rotated(x, T: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr):
-    """x·W·SCALE of fp32 x [T, D]: the butterflies of ``coding.rotate_keys`` in the same order, so the same bits.
+    """x·W·SCALE of fp32 x [T, D]: the butterflies of ``transforms.rotate_keys`` in the same order, so the same bits.
 
     SCALE is a power of two: contracting the product into a sum changes nothing.
     """

@@ -73,7 +73,7 @@ class Ledger:
             policy.sink_tokens,
             policy.protect == "hard",
         )
-        self.shrinker = Shrinker(policy, self.groups, self.book)
+        self.shrinker = Shrinker(policy, self.groups, self.book, self.page_size)
         self.shrinker.evict = evict
         self.meter = BitMeter(geometry, self.groups)
         self.tick = 0
@@ -261,7 +261,7 @@ class Ledger:
 
     def _born(self, n: int, refs: int) -> list[int]:
         """``n`` free pages, mapped at 16 bits in every group."""
-        self.shrinker.settle()
+        self.shrinker.settle(n)
         if not n:
             return []
         self.shrinker.make_room(n)
@@ -322,6 +322,7 @@ class Ledger:
         self.log.drop()
         self._issued = True
         self.book.reset()
+        self.shrinker.reset()
         self.requests.clear()
         self._extended.clear()
         self._loose.clear()

@@ -13,7 +13,8 @@ RUN (of a running request, unprotected), CACHED (of no running request). In shor
 together are one set, of which all pages at the lowest step shrink one step, then, if that was not
 enough, all at the next; RUN pages take part only while ``min_active_bits`` allows. Phases 4 and 5 do
 the same with their sets. ``static`` sends a page to its final step at the first ``extend`` or
-``append`` that finds it unprotected, shortage or not; in shortage, phases 3 and 5 are what is left.
+``append`` that finds it unprotected, shortage or not; in shortage, phases 3 and 5 are what is left. The
+first of all may have to wait for company (``first_shrink_tokens``), until bytes are short.
 
 Why bytes never run out. Let c16 be a superblock and c the final block of an arena, which has
 ⌈(N·c + R·(c16 − c)) / c16⌉ + 2 superblocks, one of them page 0's. If only H ≤ R pages are hard, all
@@ -56,6 +57,8 @@ class PolicyConfig:
         sink_tokens: first tokens of a sequence whose pages are protected.
         protect: ``soft``: sinks and window shrink last; ``hard``: never, and count in R.
         min_active_bits: cached pages are evicted before running ones shrink below this width.
+        first_shrink_tokens: ``static``: no page shrinks before so many tokens may, or bytes are short; what they have
+            in common can then be measured while all are at 16 bits.
 
     Raises:
         ValueError: a value outside its range.
@@ -66,6 +69,7 @@ class PolicyConfig:
     sink_tokens: int = 1
     protect: Protect = "soft"
     min_active_bits: int = 8
+    first_shrink_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -93,7 +97,9 @@ class Shrinker:
         evict_requests, evicted_pages: calls of ``evict`` and the pages it reported.
     """
 
-    def __init__(self, config: PolicyConfig, groups: Sequence[Group], book: PageBook) -> None:
+    def __init__(self, config: PolicyConfig, groups: Sequence[Group], book: PageBook, page_size: int) -> None:
+        self._first_pages = -(-config.first_shrink_tokens // page_size)
+        self._waiting = self._first_pages > 0
         self.evict: Callable[[int], int] | None = None
         self.evict_requests = 0
         self.evicted_pages = 0
@@ -113,17 +119,29 @@ class Shrinker:
                 self._before.append([(s, (CACHED,)) for s in steps] + [(s, (RUN,)) for s in range(active)])
             self._after.append([(s, (RUN,)) for s in steps] + [(s, (SOFT,)) for s in steps])
 
-    def settle(self) -> None:
-        """Shrink the pages that policy ``static`` found unprotected to their final step."""
+    def reset(self) -> None:
+        """Every page is free again. The first shrink waits once more if it could not wait long enough."""
+        self._waiting = self._first_pages > 0
+
+    def settle(self, births: int) -> None:
+        """Shrink the pages that policy ``static`` found unprotected to their final step; ``births`` are to come."""
         ripe = self._book.ripe
         if not ripe:
             return
         cls = self._book.cls
+        # A page may have ripened twice since.
+        pages = [page for page in dict.fromkeys(ripe) if cls[page] == RUN or cls[page] == CACHED]
+        if self._waiting:
+            if len(pages) >= self._first_pages:
+                self._first_pages = 0
+            elif not any(group.short(UNITS_PER_SUPERBLOCK * (births + 1)) for group in self._groups):
+                ripe[:] = pages
+                return
+            self._waiting = False
         for group in self._groups:
             step, final = group.step, group.final
-            # A page may have ripened twice since.
-            for page in dict.fromkeys(ripe):
-                if (cls[page] == RUN or cls[page] == CACHED) and step[page] < final:
+            for page in pages:
+                if step[page] < final:
                     group.shrink([page], step[page], final)
         ripe.clear()
 

@@ -111,11 +111,8 @@ def read_configuration(args: Any, facts: ModelFacts, keys: ModelKeys | None = No
     if calibration is None:
         transform, center = args.pmkvq_key_transform or "auto", args.pmkvq_key_center or "auto"
         codings = tuple(Coding.default(transform, group, shape, center, keys) for group in groups)
-        found = [default_center(keys, group.layers, facts.kv_heads, center) for group in groups]
-        uncentered = tuple(
-            "keys stay at 16 bits" if group.k_final == 16 else why if isinstance(why, str) else ""
-            for group, why in zip(groups, found, strict=True)
-        )
+        found = [default_center(keys, group.layers, facts.kv_heads, center, group.k_final) for group in groups]
+        uncentered = tuple(why if isinstance(why, str) else "" for why in found)
         warnings = _bias_warnings(groups, codings, keys, center)
     else:
         rank, size = facts.attention_tp

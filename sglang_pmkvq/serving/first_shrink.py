@@ -21,7 +21,7 @@ import torch
 from sglang_pmkvq.commands import CommandBatch
 from sglang_pmkvq.formats import STEP_BITS, STEP_MASK, UNITS_PER_SUPERBLOCK, K
 from sglang_pmkvq.kernels.reference.scores import key_error
-from sglang_pmkvq.kernels.rotary import MEASURED_BLOCKS, chosen_blocks
+from sglang_pmkvq.kernels.rotary import CENTER_TOLERANCE, MEASURED_BLOCKS, MIN_CENTER_TOKENS, chosen_blocks
 from sglang_pmkvq.kernels.storage import GroupStorage
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Centres are means over at least so many tokens, else there are none; and over at most so many, evenly spread.
-MIN_CENTER_TOKENS = 512
+# Centres are means over at most so many tokens, evenly spread.
 MAX_CENTER_TOKENS = 8192
 # Tokens that are turned back at once: bounds the fp32 workspace.
 ROUND_TOKENS = 1024
@@ -122,11 +121,11 @@ class FirstShrink:
 
     def _codes_live(self, coded: dict[int, np.ndarray]) -> bool:
         """Whether keys of groups whose centres are to come have codes already, other than those about to be made."""
-        steps = self._ledger.page_steps(np.arange(1, self._ledger.num_pages + 1))
+        none = np.empty(0, np.int64)
         for group in self._to_come:
-            whole = [step for step, tiers in enumerate(self._storages[group].group.steps) if tiers[K] == 16]
-            pages = 1 + np.flatnonzero(steps[group] > max(whole))
-            if not np.isin(pages, coded.get(group, ())).all():
+            whole = sum(tiers[K] == 16 for tiers in self._storages[group].group.steps)
+            being_made = self._ledger.page_steps(coded.get(group, none))[group] >= whole
+            if sum(self._ledger.groups[group].step_pages[whole:]) > being_made.sum():
                 return True
         return False
 
@@ -279,6 +278,7 @@ def _fill(storage: GroupStorage, pages: np.ndarray) -> int:
         means.append(mean.float())
         spreads.append((squares / positions.numel() - mean.square().sum(-1)).clamp_min(0))
     vector = torch.stack(means)
-    chosen = chosen_blocks(vector.cpu(), torch.stack(spreads).cpu(), center.rotary, most=MEASURED_BLOCKS)
+    tolerance = CENTER_TOLERANCE[storage.group.k_final]
+    chosen = chosen_blocks(vector.cpu(), torch.stack(spreads).cpu(), center.rotary, tolerance, most=MEASURED_BLOCKS)
     center.fill(vector, chosen)
     return sum(bool(layer) for layer in chosen)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_pmkvq.formats import ROTARY_PAIRS, LayerGroup, PoolGeometry
+from sglang_pmkvq.kernels.rotary import MIN_CENTER_TOKENS
 from sglang_pmkvq.ledger import PolicyConfig
 from sglang_pmkvq.serving.configuration import Configuration
 from sglang_pmkvq.serving.sizing import Limits
@@ -37,7 +38,9 @@ class PoolSetup:
 
     @property
     def policy(self) -> PolicyConfig:
-        return self.configuration.policy
+        """Twice the tokens where centres are measured: the first page of a sequence is no part of them."""
+        to_come = any(coding.center is not None and coding.center.whole for coding in self.configuration.codings)
+        return replace(self.configuration.policy, first_shrink_tokens=2 * MIN_CENTER_TOKENS if to_come else 0)
 
     @property
     def key_transform(self) -> str:

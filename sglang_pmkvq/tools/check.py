@@ -161,7 +161,7 @@ def default_codings(
     Where it would take means of what it holds at its first shrink, these are those of ``text``.
     """
     from sglang_pmkvq.kernels.coding import Coding
-    from sglang_pmkvq.kernels.rotary import MEASURED_BLOCKS, Center, ModelKeys, chosen_blocks
+    from sglang_pmkvq.kernels.rotary import CENTER_TOLERANCE, MEASURED_BLOCKS, Center, ModelKeys, chosen_blocks
     from sglang_pmkvq.serving.sizing import page_shape
 
     shape = page_shape(16, model.kv_heads, model.head_dim, settings.group_size)
@@ -172,7 +172,7 @@ def default_codings(
         coding = Coding.default(settings.key_transform, group, shape, settings.key_center, keys)
         if coding.center is not None and not coding.center.vector.any():
             vector, spread = (of[list(group.layers)] for of in key_means(model, table, text))
-            blocks = chosen_blocks(vector, spread, table, most=MEASURED_BLOCKS)
+            blocks = chosen_blocks(vector, spread, table, CENTER_TOLERANCE[group.k_final], most=MEASURED_BLOCKS)
             coding = replace(coding, center=Center.of(vector, blocks, table))
         coding = coding.for_group(group, shape, "cpu")
         codings |= {layer: coding.pick(i) for i, layer in enumerate(group.layers)}

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from sglang_pmkvq.formats import KEY_TRANSFORMS, LayerGroup, PageShape
 from sglang_pmkvq.kernels import device_attention, device_plan
 from sglang_pmkvq.kernels.choose import kernels_for
-from sglang_pmkvq.kernels.coding import Hadamard, PerLayer, Scaled, Transform
 from sglang_pmkvq.kernels.reference import attention as reference
 from sglang_pmkvq.kernels.reference.inputs import copies, make_inputs
+from sglang_pmkvq.kernels.transforms import Hadamard, PerLayer, Scaled, Transform
 from sglang_pmkvq.kernels.triton_kernels import TritonKernels
 from tests.kernel_checks import reference_of
 from tests.triton_checks import (

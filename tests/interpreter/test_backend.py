@@ -33,12 +33,13 @@ from sglang_pmkvq.formats import (
     groups_from_finals,
 )
 from sglang_pmkvq.kernels.attention import PageSource
-from sglang_pmkvq.kernels.coding import Coding, Hadamard, PerLayer, Scaled, Transform
+from sglang_pmkvq.kernels.coding import Coding
 from sglang_pmkvq.kernels.launch import Launch
 from sglang_pmkvq.kernels.reference import attention as reference
 from sglang_pmkvq.kernels.reference.inputs import copies, random_center
 from sglang_pmkvq.kernels.rotary import Center, on_one_table
 from sglang_pmkvq.kernels.storage import GroupStorage
+from sglang_pmkvq.kernels.transforms import Hadamard, PerLayer, Scaled, Transform
 from sglang_pmkvq.kernels.triton_kernels import TritonKernels
 from sglang_pmkvq.ledger import PolicyConfig
 from sglang_pmkvq.serving.allocator import PmkvqAllocator

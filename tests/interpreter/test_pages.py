@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from sglang_pmkvq.commands import ArenaCopies, CommandBatch, TableUpdate
 from sglang_pmkvq.formats import STEP_BITS, UNITS_PER_SUPERBLOCK, UNMAPPED, LayerGroup, PageShape, tier_units
 from sglang_pmkvq.kernels.backend import Kernels
-from sglang_pmkvq.kernels.coding import Hadamard, PerLayer, Scaled, Transform
 from sglang_pmkvq.kernels.reference import inputs as inputs_module
 from sglang_pmkvq.kernels.reference.inputs import Inputs, copies, make_inputs
 from sglang_pmkvq.kernels.torch_kernels import TorchKernels
+from sglang_pmkvq.kernels.transforms import Hadamard, PerLayer, Scaled, Transform
 from sglang_pmkvq.kernels.triton_kernels import TritonKernels
 from tests.kernel_checks import check_page_layout
 from tests.triton_checks import check_fenced, fenced, fill_adversarial, same
