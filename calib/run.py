@@ -29,7 +29,7 @@ from sglang_pmkvq.calib.model import SINK, CalibrationModel
 from sglang_pmkvq.calib.sweep import State, Workspace, sweep
 from sglang_pmkvq.formats import GROUP_SIZES, ROTARY_PAIRS, K, V
 from sglang_pmkvq.kernels.coding import Coding
-from sglang_pmkvq.kernels.rotary import CENTER_TOLERANCE, Center, RotaryTable
+from sglang_pmkvq.kernels.rotary import CENTER_TOLERANCE, Center, ModelKeys, RotaryTable
 
 # The error of a layer's own output settles within a few samples.
 SEARCH_SAMPLES = 16
@@ -219,6 +219,13 @@ class _Run:
         """Long enough for every sample, on the host."""
         return self.model.rotary(max(len(sample.tokens) for sample in self.corpus.samples))
 
+    @cached_property
+    def center_rotary(self) -> RotaryTable:
+        """The same as a server turns centres with."""
+        rotary = ModelKeys(self.rotary, tuple(self.model.key_biases())).center_rotary
+        assert rotary is not None
+        return rotary
+
     def _ranges(self, name: str, label: str, centers: Sequence[Center | None], state: State) -> State:
         model, lens, mode = self.model, self.lens, self.settings.interpolation
         return self._sweep(
@@ -241,7 +248,7 @@ class _Run:
         model, settings = self.model, self.settings
         transforms = asked(settings.transform, TRANSFORM_ORDER)
         centers = asked(settings.center, CENTER_ORDER)
-        fitted: dict[str, KeyCenter] = key_centers(centers, model.key_biases(), ranges, self.rotary)
+        fitted: dict[str, KeyCenter] = key_centers(centers, model.key_biases(), ranges, self.center_rotary)
         if settings.center == "bias" and not fitted:
             raise ValueError("--center bias: the keys of this model have no bias; use mean, none or auto")
         fitted = {name: replace(one, center=one.center.on(model.device)) for name, one in fitted.items()}
@@ -303,7 +310,7 @@ class _Run:
             best: what is done to keys and values at each width.
         """
         model, samples = self.model, self.corpus.samples
-        codings: list[Coding] = [keys.coding(values, self.rotary).on(model.device) for keys, values in best]
+        codings: list[Coding] = [keys.coding(values, self.center_rotary).on(model.device) for keys, values in best]
         state = self._sweep(
             "taylor",
             "3/4 sensitivity, Taylor",

@@ -118,6 +118,12 @@ class RotaryTable:
         """The same on a device, in the dtype of 16-bit pages; channels stay on the host."""
         return replace(self, values=self.values.to(device=device, dtype=dtype).contiguous())
 
+    def without_start(self) -> RotaryTable:
+        """The same with zeros at the positions of a smallest page: keys there have no centre."""
+        values = self.values.clone()
+        values[:, : PAGE_SIZES[0]] = 0
+        return replace(self, values=values)
+
     def channels(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """First and second channels of the 8 pairs of a block."""
         pairs = slice(block * ROTARY_PAIRS, (block + 1) * ROTARY_PAIRS)
@@ -410,6 +416,16 @@ class ModelKeys:
     spread: tuple[torch.Tensor | None, ...] = ()
     problem: str = "nothing is known of the model's keys"
 
+    @cached_property
+    def center_rotary(self) -> RotaryTable | None:
+        """What turns centres. Where keys have no bias these are means, which are no centre of the first keys.
+
+        The key of a first token lies far from all others, and most queries look at it: coded around the mean it would
+        be off by more than with no centre. A bias is part of it as of any other.
+        """
+        biased = any(bias is not None for bias in self.bias)
+        return self.rotary if self.rotary is None or biased else self.rotary.without_start()
+
     def has_bias(self, layers: Sequence[int]) -> bool:
         """Whether the keys of some of these layers have a bias."""
         return any(self.bias[layer] is not None for layer in layers if layer < len(self.bias))
@@ -439,15 +455,16 @@ def default_center(keys: ModelKeys, layers: Sequence[int], heads: int, choice: s
         return "keys stay at 16 bits"
     if choice == "none":
         return "switched off"
-    if keys.rotary is None:
+    rotary = keys.center_rotary
+    if rotary is None:
         return keys.problem
     if not keys.has_bias(layers):
         if choice == "bias":
             return "no bias in the weights"
-        return Center.to_come(len(layers), heads, keys.rotary, MEASURED_BLOCKS)
-    zero, none = torch.zeros(heads, 2 * keys.rotary.first.numel()), torch.zeros(heads)
+        return Center.to_come(len(layers), heads, rotary, MEASURED_BLOCKS)
+    zero, none = torch.zeros(heads, 2 * rotary.first.numel()), torch.zeros(heads)
     bias, spread = ([of[layer] for layer in layers] for of in (keys.bias, keys.spread))
     vector = torch.stack([zero if b is None else b for b in bias])
     varies = torch.stack([none if s is None else s for s in spread])
-    blocks = chosen_blocks(vector, varies, keys.rotary, CENTER_TOLERANCE[k_final])
-    return Center.of(vector, blocks, keys.rotary) if any(blocks) else "the bias is small against what varies"
+    blocks = chosen_blocks(vector, varies, rotary, CENTER_TOLERANCE[k_final])
+    return Center.of(vector, blocks, rotary) if any(blocks) else "the bias is small against what varies"

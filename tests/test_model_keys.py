@@ -266,6 +266,10 @@ def test_without_a_bias_means_are_to_come() -> None:
     center = default_center(keys, (0, 1), H, "auto", 2)
     assert isinstance(center, Center) and center.whole and not center.vector.any()
     assert default_center(keys, (0, 1), H, "bias", 2) == "no bias in the weights"
+    # Means are no centre of a first token; a bias is part of it too.
+    rows, every = center.rotary.values, keys.rotary.values  # type: ignore[union-attr]
+    assert not rows[:, :16].any() and torch.equal(rows[:, 16:], every[:, 16:]) and every[:, :16].any()
+    assert biased(300.0).center_rotary is not None and biased(300.0).center_rotary.values[:, :16].any()  # type: ignore[union-attr]
     assert not keys.large_bias((0, 1))
 
 

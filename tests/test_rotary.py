@@ -239,6 +239,20 @@ def test_rows_of_the_table_are_kept_for_the_next_layer_or_read_again(monkeypatch
     check_extend(inputs, [150, 0, 60])
 
 
+def test_first_pages_without_a_centre() -> None:
+    """Nothing is taken off at the first 16 positions, and all else as it was."""
+    inputs = inputs_of(0, (4, 2), [200, 33])
+    center = inputs.storage.coding.center
+    assert center is not None
+    later = Center(center.vector, center.blocks, center.rotary.without_start())
+    shape = inputs.storage.shape
+    assert shape.page_size == 16
+    x = torch.randn(3, 2, shape.num_kv_heads, shape.page_size, shape.head_dim)
+    got = later.subtracted(x.clone(), torch.tensor([0, 1]))
+    assert torch.equal(got[:, 0], x[:, 0]) and not torch.equal(got[:, 1], x[:, 1])
+    assert torch.equal(got[:, 1], center.subtracted(x.clone(), torch.tensor([0, 1]))[:, 1])
+
+
 @pytest.mark.parametrize("transform", ["none", "scale", "hadamard"])
 def test_a_centre_goes_with_every_transform(transform: str) -> None:
     check_decode(inputs_of(0, (4, 2), [20, 70, 5], transform=transform, value_transform="none"), logit_cap=3.0)

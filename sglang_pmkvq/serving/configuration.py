@@ -116,9 +116,9 @@ def read_configuration(args: Any, facts: ModelFacts, keys: ModelKeys | None = No
         warnings = _bias_warnings(groups, codings, keys, center)
     else:
         rank, size = facts.attention_tp
-        heads = rank_heads(calibration.num_kv_heads, size, rank)
+        heads, rotary = rank_heads(calibration.num_kv_heads, size, rank), keys.center_rotary
         try:
-            codings = tuple(Coding.from_calibration(calibration, group.layers, heads, keys.rotary) for group in groups)
+            codings = tuple(Coding.from_calibration(calibration, group.layers, heads, rotary) for group in groups)
         except ValueError as error:
             raise PmkvqConfigError(
                 f"--pmkvq-calibration {args.pmkvq_calibration}: {error} ({keys.problem}); calibrate with "

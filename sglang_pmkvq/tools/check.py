@@ -173,7 +173,7 @@ def default_codings(
         if coding.center is not None and not coding.center.vector.any():
             vector, spread = (of[list(group.layers)] for of in key_means(model, table, text))
             blocks = chosen_blocks(vector, spread, table, CENTER_TOLERANCE[group.k_final], most=MEASURED_BLOCKS)
-            coding = replace(coding, center=Center.of(vector, blocks, table))
+            coding = replace(coding, center=Center.of(vector, blocks, coding.center.rotary))
         coding = coding.for_group(group, shape, "cpu")
         codings |= {layer: coding.pick(i) for i, layer in enumerate(group.layers)}
     return [codings[layer] for layer in range(model.layers)]
@@ -206,9 +206,11 @@ def calibrated_codings(
 ) -> list[Coding]:
     """Per layer, what a calibration says."""
     from sglang_pmkvq.kernels.coding import Coding
+    from sglang_pmkvq.kernels.rotary import ModelKeys
 
     table = model.rotary(max(map(len, found)))
-    whole = Coding.from_calibration(calibration, range(model.layers), slice(0, model.kv_heads), table)
+    rotary = ModelKeys(table, model.key_biases()).center_rotary
+    whole = Coding.from_calibration(calibration, range(model.layers), slice(0, model.kv_heads), rotary)
     return [whole.pick(layer) for layer in range(model.layers)]
 
 
