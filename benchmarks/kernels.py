@@ -1,8 +1,9 @@
-"""The Triton kernels: their speed on this machine's GPU, or what the compiler makes of them without one.
+"""The kernels: their speed on this machine's GPU, or what the compiler makes of them without one; and on the CPU.
 
     python -m benchmarks.kernels                   the whole table -> benchmarks/results/kernels_<GPU>.json
     python -m benchmarks.kernels --only decode     one part: decode, extend, shrink, store, plan
     python -m benchmarks.kernels --dry-run         no GPU: tiny shapes in Triton's interpreter, SGLang's kernels too
+    python -m benchmarks.kernels --cpu             what centred keys cost the CPU -> results/kernels_cpu.json
     python -m benchmarks.kernels --aot             compiled for GPUs that are not there -> results/kernels_aot.json
     python -m benchmarks.kernels --aot --only X    the configurations whose name contains X, others kept
     python -m benchmarks.kernels --aot --sample    those that the normal test suite compiles, others kept
@@ -38,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/kernels_<GPU>.json)")
     parser.add_argument("--aot", action="store_true", help="compile ahead of time instead")
     parser.add_argument("--sample", action="store_true", help="with --aot: those that the normal test suite compiles")
+    parser.add_argument("--cpu", action="store_true", help="the CPU's attention instead, with and without centres")
     options = parser.parse_args(argv)
+    if options.cpu:
+        from benchmarks import kernels_cpu
+
+        return kernels_cpu.run(options.out, options.repeats)
     if options.aot:
         from benchmarks import kernels_aot
 

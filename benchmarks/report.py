@@ -22,7 +22,7 @@ from pathlib import Path
 import tomllib
 from matplotlib.figure import Figure
 
-from benchmarks import accuracy, calibration, codings, kld, offline, prefix, serve
+from benchmarks import accuracy, calibration, codings, kernels_cpu, kld, offline, prefix, serve
 from benchmarks.checks.__main__ import ALL as CHECKS
 from benchmarks.harness.figures import line, log2_axis, new_figure, style
 from benchmarks.harness.methods import label
@@ -306,6 +306,7 @@ KINDS: dict[str, Kind] = {
     "ledger": Kind(_ledger),
     "horizon": Kind(_horizon),
     "kernels_aot": Kind(_compiled),
+    "kernels_cpu": Kind(kernels_cpu.rows_table),
 }
 # Title and text of each kind.
 TEXTS: dict[str, dict[str, str]] = tomllib.loads((Path(__file__).parent / "page.toml").read_text())
