@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks import kernel_cases as kc
-from benchmarks import kernel_table
+from benchmarks import kernel_table, kernels_cpu
 from sglang_pmkvq.formats import LayerGroup, PageShape
+from sglang_pmkvq.kernels.cpu import partials
 
 pytestmark = pytest.mark.slow
 
@@ -93,3 +94,20 @@ def test_large_batches_extend_by_less_and_long_prefixes_by_little():
     assert {cell["batch"] for cell in cells} == {1, 8, 32, 128}
     assert {64, 2048} <= {cell["chunk"] for cell in cells if cell["tokens"] == 131072 and cell["batch"] == 1}
     assert max(c["chunk"] for c in cells if c["batch"] == 128) < max(c["chunk"] for c in cells if c["batch"] == 8)
+
+
+def test_what_centres_cost_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of the table, its arithmetic, and that a wrong output is not timed."""
+    monkeypatch.setattr(kernels_cpu, "LAYERS", 1)
+    row = kernels_cpu.measure("SmolLM2-135M", "2", 2, 48, 1)
+    assert len(row["ms"]) == 5 and len(row["blocks"]) == 30
+    assert kernels_cpu.ratio([2.0, 4.0], [0, 1, 1]) == 0.6
+    assert "| SmolLM2-135M | 2 | 2 × 48 |" in kernels_cpu.rows_table({"rows": [row]})
+    assert {name: {bits: len(b) for bits, b in by.items()} for name, by in kernels_cpu.BLOCKS.items()} == {
+        "Qwen2.5-Coder-1.5B": {4: 28, 2: 28},
+        "Qwen2.5-Coder-0.5B": {4: 24, 2: 24},
+        "SmolLM2-135M": {4: 30, 2: 30},
+    }
+    monkeypatch.setattr(partials, "_add_center", lambda *arguments: None)
+    with pytest.raises(SystemExit, match="attention is off by"):
+        kernels_cpu.measure("SmolLM2-135M", "4", 2, 48, 1)
