@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.harness.tasks import Item, number, read_jsonl
 
 BOOK = "Isaac.Newton-Opticks.txt"
-SHOTS = 8
+SHOTS = 6
 STOP = "Question:"
 LENGTHS = (2048, 4096, 8192)
 DEPTHS = 10
