@@ -90,6 +90,40 @@ def codings_headline() -> str:
     return markdown(["KV at", *MODELS.values()], lines)
 
 
+SERVED = {"stock-fp8": "fp8", "static-4": "4", "static-k4v2": "k4v2", "static-2": "2"}
+
+
+def served_table() -> str:
+    """The page on measuring: divergence of real servers on real models, at final widths as soon as tokens are old."""
+    rows = {model: {row["key"]["method"]: row for row in result(f"kld_{model}_gsm8k")["rows"]} for model in MODELS}
+
+    def cell(row: Row | None) -> str:
+        return f"{row['kl_mean']:.4f}, {row['top1_agreement']:.1%}" if row else "not measured"
+
+    lines = [[told, *(cell(rows[model].get(name)) for model in MODELS)] for name, told in SERVED.items()]
+    return markdown(["KV at", *MODELS.values()], lines)
+
+
+def right_table(name: str) -> str:
+    """Right answers of a task of real models, and points against 16 bits."""
+    found = result(name)
+    by = accuracy.groups(found)
+    ((_, sixteen),) = [(key, rows) for key, rows in by.items() if key[0] == "16bit"]
+    lines = []
+    for (method, _, problems), rows in by.items():
+        points = "-" if rows is sixteen else accuracy.against(rows, sixteen)
+        bits = f"{sum(row['effective_bits_avg'] for row in rows) / len(rows):.1f}"
+        lines.append([method, f"{sum(row['right'] for row in rows)}/{problems}", points, bits])
+    return markdown(["KV at", "right", "points against 16 bits", "bits, mean"], lines)
+
+
+def test_tables_of_real_models_are_from_the_result_files() -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert served_table() in page
+    for name in ("tools_qwen1.5b", "gsm8k_qwen1.5b"):
+        assert right_table(name) in page
+
+
 def test_tables_of_the_readme_are_from_the_result_files() -> None:
     readme = (ROOT / "README.md").read_text()
     assert codings_headline() in readme

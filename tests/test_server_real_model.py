@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import requests
 from transformers import AutoTokenizer
 
+from benchmarks.accuracy import TASK_FLAGS
+from benchmarks.harness import structured
 from benchmarks.harness.servers import STRICT, Server, greedy, serve
 from benchmarks.harness.texts import pieces
 from sglang_pmkvq.kernels.rotary import MIN_CENTER_TOKENS
@@ -45,7 +48,8 @@ def test_answers_and_low_bits_of_a_real_model(smollm2: Path) -> None:
         stock, four, two = start_together(
             stack,
             serve(smollm2, COMMON, quant=False, device="cpu"),
-            *(serve(smollm2, [*STATIC, "--pmkvq-final-bits", bits], device="cpu", env=STRICT) for bits in ("4", "2")),
+            serve(smollm2, [*STATIC, "--pmkvq-final-bits", "4", *TASK_FLAGS["tools"]], device="cpu", env=STRICT),
+            serve(smollm2, [*STATIC, "--pmkvq-final-bits", "2"], device="cpu", env=STRICT),
         )
         answers = [asked(server, "What is the capital of France?") for server in (stock, four, two)]
         assert "Paris" in answers[0] and answers == answers[:1] * 3, "no page was old enough to shrink"
@@ -53,10 +57,16 @@ def test_answers_and_low_bits_of_a_real_model(smollm2: Path) -> None:
 
         want = forced(stock, prompt)
         off = [float(np.abs(forced(server, prompt) - want).mean()) for server in (four, two)]
-        print(off)
+        assert 0.01 < off[0] < 0.1 and off[0] < off[1] < 0.4, off
         for server in (four, two):
             pool = server.pool()
             assert pool["measured_centers"]["tokens"] >= MIN_CENTER_TOKENS
             assert pool["measured_centers"]["layers"] == pool["measured_centers"]["of_layers"] == 30
             assert all(group["key_error"] < KEY_ERROR_HARMS for group in pool["key_error"].values())
             sound(server)
+
+        # A tool call by schema, its tools and examples far back in the prompt and at 4 bits.
+        (chain,) = structured.tool_chains(1, 0)
+        chosen = {"tool_choice": "required", "parallel_tool_calls": False, "temperature": 0, "max_tokens": 200}
+        calls = json.loads(four.converse(chain.messages, chain.tools, chain.respond, **chosen)["text"])
+        assert calls and set(calls[0]) == {"name", "arguments"}
