@@ -21,7 +21,7 @@ from tests.support.servers import sound, start_together
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-CHUNK = 1024
+CHUNK = 1280
 COMMON = ["--chunked-prefill-size", str(CHUNK), "--max-running-requests", "2", "--context-length", "4096"]
 # Whatever is not of the last chunk is read as codes, but for the first page.
 STATIC = [*COMMON, "--pmkvq-pool-bytes", "256MiB", "--pmkvq-policy", "static", "--pmkvq-protect", "hard"]
