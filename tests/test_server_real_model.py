@@ -42,31 +42,28 @@ def asked(server: Server, question: str) -> str:
 
 
 def test_answers_and_low_bits_of_a_real_model(smollm2: Path) -> None:
-    """The model has no bias of keys, so a server measures means at its first shrink."""
+    """The model has no bias of keys, so the server measures means at its first shrink."""
     (prompt,) = pieces(AutoTokenizer.from_pretrained(smollm2), "opticks", 1, 2 * CHUNK)
     with ExitStack() as stack:
-        stock, four, two = start_together(
+        stock, ours = start_together(
             stack,
             serve(smollm2, COMMON, quant=False, device="cpu"),
-            serve(smollm2, [*STATIC, "--pmkvq-final-bits", "4", *TASK_FLAGS["tools"]], device="cpu", env=STRICT),
-            serve(smollm2, [*STATIC, "--pmkvq-final-bits", "2"], device="cpu", env=STRICT),
+            serve(smollm2, [*STATIC, "--pmkvq-final-bits", "2", *TASK_FLAGS["tools"]], device="cpu", env=STRICT),
         )
-        answers = [asked(server, "What is the capital of France?") for server in (stock, four, two)]
-        assert "Paris" in answers[0] and answers == answers[:1] * 3, "no page was old enough to shrink"
-        assert not any(four.pool()["shrinks"].values())
+        answers = [asked(server, "What is the capital of France?") for server in (stock, ours)]
+        assert "Paris" in answers[0] and answers[1] == answers[0]
+        assert not any(ours.pool()["shrinks"].values()), "no page was old enough to shrink"
 
-        want = forced(stock, prompt)
-        off = [float(np.abs(forced(server, prompt) - want).mean()) for server in (four, two)]
-        assert 0.01 < off[0] < 0.1 and off[0] < off[1] < 0.4, off
-        for server in (four, two):
-            pool = server.pool()
-            assert pool["measured_centers"]["tokens"] >= MIN_CENTER_TOKENS
-            assert pool["measured_centers"]["layers"] == pool["measured_centers"]["of_layers"] == 30
-            assert all(group["key_error"] < KEY_ERROR_HARMS for group in pool["key_error"].values())
-            sound(server)
+        off = float(np.abs(forced(ours, prompt) - forced(stock, prompt)).mean())
+        assert 0.05 < off < 0.4, off
+        pool = ours.pool()
+        assert pool["measured_centers"]["tokens"] >= MIN_CENTER_TOKENS
+        assert pool["measured_centers"]["layers"] == pool["measured_centers"]["of_layers"] == 30
+        assert all(group["key_error"] < KEY_ERROR_HARMS for group in pool["key_error"].values())
 
-        # A tool call by schema, its tools and examples far back in the prompt and at 4 bits.
+        # A tool call by schema, its tools and examples far back in the prompt.
         (chain,) = structured.tool_chains(1, 0)
         chosen = {"tool_choice": "required", "parallel_tool_calls": False, "temperature": 0, "max_tokens": 200}
-        calls = json.loads(four.converse(chain.messages, chain.tools, chain.respond, **chosen)["text"])
+        calls = json.loads(ours.converse(chain.messages, chain.tools, chain.respond, turns=1, **chosen)["text"])
         assert calls and set(calls[0]) == {"name", "arguments"}
+        sound(ours)
