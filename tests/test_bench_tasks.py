@@ -69,23 +69,23 @@ def test_names_of_codings() -> None:
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
     path = tmp_path / "g.jsonl"
-    records = [{"question": f"What is {n} + 1000?", "answer": f"<<{n}+1000>>\n#### {n + 1000:,}"} for n in range(12)]
+    records = [{"question": f"What is {n} + 1000?", "answer": f"<<{n}+1000>>\n#### {n + 1000:,}"} for n in range(10)]
     path.write_text("\n".join(map(json.dumps, records)))
     return path
 
 
 def test_gsm8k_has_its_first_problems_solved_before_each(lines: Path) -> None:
     items = texts.gsm8k(lines)
-    assert [item.answer for item in items] == ["1008", "1009", "1010", "1011"]
+    assert [item.answer for item in items] == ["1006", "1007", "1008", "1009"]
     prompt = items[0].prompt or ""
     assert prompt.count("####") == texts.SHOTS
-    assert prompt.endswith("Question: What is 8 + 1000?\nAnswer:")
+    assert prompt.endswith("Question: What is 6 + 1000?\nAnswer:")
     said = [
-        "so\n#### 1,008\n\nQuestion: 1\n#### 5",
-        "#### $1008.00",
-        "####1009 #### 1008",
-        "1008",
-        "Question: #### 1008",
+        "so\n#### 1,006\n\nQuestion: 1\n#### 5",
+        "#### $1006.00",
+        "####1007 #### 1006",
+        "1006",
+        "Question: #### 1006",
     ]
     assert [items[0].check(text) for text in said] == [True, True, False, False, False]
     assert all(item.check(item.gold) for item in items)
@@ -98,7 +98,7 @@ def test_shares_count_a_common_prefix_once(lines: Path, monkeypatch: pytest.Monk
     run = accuracy.load(accuracy.EXPERIMENT.parse(line))
     assert (len(run.items), run.max_new, run.ends) == (4, 300, [3] * 4)
     size = len(run.ids[0])
-    shared = (size - 4) // 16 * 16  # "8 + 1000? Answer:" is each problem's own
+    shared = (size - 4) // 16 * 16  # "6 + 1000? Answer:" is each problem's own
     pages = shared // 16 + 3 * -(-(size + 3 - shared) // 16)
     assert run.held_bytes == pages * 16 * accuracy.bytes_per_token(REASONER)
     for wrong, message in (("--task gsm8k", "--data FILE"), (f"--task {lines} --share 1", "lengths are known")):

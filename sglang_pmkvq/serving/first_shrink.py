@@ -117,7 +117,7 @@ class FirstShrink:
         for group in sorted(self._unsampled & coded.keys()):
             storage = self._storages[group]
             self._unsampled.discard(group)
-            self._samples[group] = _sample(storage, coded[group][: SAMPLED_KEYS // storage.shape.page_size])
+            self._samples[group] = _sample(storage, coded[group])
 
     def _codes_live(self, coded: dict[int, np.ndarray]) -> bool:
         """Whether keys of groups whose centres are to come have codes already, other than those about to be made."""
@@ -250,7 +250,12 @@ def _positions(storage: GroupStorage, pages: np.ndarray) -> torch.Tensor:
 
 
 def _sample(storage: GroupStorage, pages: np.ndarray) -> _Sample:
+    """Of the oldest of ``pages`` that stand for others: none that begins a sequence, where means leave those out."""
     pages = _whole_pages(storage, pages)
+    if storage.page_columns is not None:
+        later = _not_first(storage, pages)
+        pages = later if len(later) else pages
+    pages = pages[: max(1, SAMPLED_KEYS // storage.shape.page_size)]
     blocks = torch.from_numpy(_superblocks(storage, pages)).to(storage.device)
     keys = torch.stack([_keys(storage, layer, blocks) for layer in range(storage.num_layers)])
     return _Sample(keys, _positions(storage, pages))
