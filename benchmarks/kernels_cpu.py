@@ -155,6 +155,6 @@ def run(out: Path | None, repeats: int) -> int:
         for final in FINALS:
             rows.append(measure(name, final, 8, 1536, repeats))
             print(rows[-1], flush=True)
-    head = {"benchmark": "kernels_cpu", "command": f"python -m benchmarks.kernels --cpu --repeats {repeats}"}
+    head = {"command": f"python -m benchmarks.kernels --cpu --repeats {repeats}"}
     write({**head, "versions": versions(), "cpu": cpu(), "rows": rows}, out or RESULTS)
     return 0
