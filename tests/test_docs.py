@@ -111,7 +111,8 @@ def right_table(name: str) -> str:
     by = accuracy.groups(found)
     ((_, sixteen),) = [(key, rows) for key, rows in by.items() if key[0] == "16bit"]
     lines = []
-    for (method, _, problems), rows in by.items():
+    order = ["16bit", *SERVED]
+    for (method, _, problems), rows in sorted(by.items(), key=lambda entry: order.index(entry[0][0])):
         points = "-" if rows is sixteen else accuracy.against(rows, sixteen)
         bits = f"{sum(row['effective_bits_avg'] for row in rows) / len(rows):.1f}"
         lines.append([method, f"{sum(row['right'] for row in rows)}/{problems}", points, bits])
